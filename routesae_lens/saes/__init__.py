@@ -1,0 +1,1 @@
+"""SAEs over several layers, as SAELens architectures. Importing this package registers them."""

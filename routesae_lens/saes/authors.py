@@ -1,0 +1,91 @@
+"""Import of checkpoints trained with the RouteSAE authors' code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import SAEMetadata
+
+from routesae_lens.hook_points import check_layers, stack_name
+from routesae_lens.saes.route_sae import (
+    RouteJumpReLUSAE,
+    RouteJumpReLUSAEConfig,
+    RouteSAE,
+    RouteTopKSAE,
+    RouteTopKSAEConfig,
+)
+
+_KEYS = {"router.weight", "sae.pre_bias", "sae.latent_bias", "sae.encoder.weight", "sae.decoder.weight"}
+
+
+def from_authors_checkpoint(
+    path: str | Path,
+    *,
+    layers: Sequence[int],
+    k: int | None = None,
+    theta: float | None = None,
+    aggregator: str = "sum",
+    routing: str = "hard",
+    model_name: str | None = None,
+) -> RouteSAE:
+    """Load a RouteSAE state dict (``.pt``) of the authors' code. No code in the file is executed.
+
+    Args:
+        path: the ``.pt`` file, a dict of tensors.
+        layers: block numbers it was trained on. (Their ``start_layer``/``end_layer`` count Hugging Face
+            hidden states, one above block numbers.)
+        k: latents kept per token, their ``k`` or ``infer_k``; there is no ReLU after TopK, as theirs.
+        theta: instead of ``k``, keep every latent above this value (their fixed-threshold inference).
+        aggregator: "sum" or "mean", as it was trained.
+        routing: "hard" or "soft", as it was trained.
+        model_name: recorded in the metadata.
+
+    Raises:
+        ValueError: not such a checkpoint, another number of layers, or not exactly one of k and theta.
+    """
+    if (k is None) == (theta is None):
+        raise ValueError(f"give exactly one of k and theta, got k={k}, theta={theta}")
+    if theta is not None and theta <= 0:
+        raise ValueError(f"theta must be positive, got {theta}")
+    layers = check_layers(layers)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    found = set(state) if isinstance(state, dict) else type(state).__name__
+    if found != _KEYS:
+        raise ValueError(f"{path} is no RouteSAE checkpoint: expected the tensors {sorted(_KEYS)}, found {found}")
+    n_layers, d_model = state["router.weight"].shape
+    if n_layers != len(layers):
+        raise ValueError(f"{path} routes {n_layers} layers, but layers lists {len(layers)}: {layers}")
+
+    shared: dict[str, Any] = {
+        "d_in": n_layers * d_model,
+        "d_sae": state["sae.encoder.weight"].shape[0],
+        "layers": layers,
+        "aggregator": aggregator,
+        "routing": routing,
+        "metadata": SAEMetadata(
+            hook_name=stack_name(layers, "hook_resid_post"),
+            model_name=model_name,
+            context_size=512,
+            prepend_bos=True,
+            imported_from="authors' checkpoint",
+        ),
+    }
+    weights = {
+        "W_router": state["router.weight"],
+        "W_enc": state["sae.encoder.weight"].T.contiguous(),
+        "b_enc": state["sae.latent_bias"],
+        "W_dec": state["sae.decoder.weight"].T.contiguous(),
+        "b_dec": state["sae.pre_bias"],
+    }
+    sae: RouteSAE
+    if k is not None:
+        sae = RouteTopKSAE(RouteTopKSAEConfig(k=k, relu=False, **shared))
+    else:
+        assert theta is not None
+        sae = RouteJumpReLUSAE(RouteJumpReLUSAEConfig(**shared))
+        weights["threshold"] = torch.full_like(weights["b_enc"], theta)
+    sae.load_state_dict(weights)
+    return sae

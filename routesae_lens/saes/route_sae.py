@@ -1,0 +1,633 @@
+"""RouteSAE: a router in front of any of SAELens' SAEs, registered as SAELens architectures.
+
+A RouteSAE reads the stack of a multi-layer hook point (``hook_points.py``), picks for every token the
+layer whose activation is encoded (``router.py``), and is otherwise the SAELens SAE it inherits from.
+``route_topk``, ``route_batchtopk``, ``route_matryoshka_batchtopk``, ``route_jumprelu``, ``route_gated``
+and ``route_standard`` train through SAELens' stock runners and come back with ``SAE.load_from_disk``
+(BatchTopK and Matryoshka as the routed JumpReLU, as SAELens does).
+
+To add an architecture: derive config and SAE from the stock ones as below, and add it to the last table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from sae_lens import (
+    SAE,
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+    GatedSAE,
+    GatedSAEConfig,
+    GatedTrainingSAE,
+    GatedTrainingSAEConfig,
+    JumpReLUSAE,
+    JumpReLUSAEConfig,
+    JumpReLUTrainingSAE,
+    JumpReLUTrainingSAEConfig,
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+    StandardSAE,
+    StandardSAEConfig,
+    StandardTrainingSAE,
+    StandardTrainingSAEConfig,
+    TopKSAE,
+    TopKSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+    TrainingSAE,
+)
+from sae_lens.registry import register_sae_class, register_sae_training_class
+from sae_lens.saes.sae import SAEConfig, SAEMetadata, TrainStepInput, TrainStepOutput, _disable_hooks
+from torch import Tensor, nn
+
+from routesae_lens.hook_points import (
+    SITES,
+    backend_of,
+    check_layers,
+    default_layers,
+    mount_layers,
+    split_layers,
+    stack_name,
+)
+from routesae_lens.saes.router import (
+    AGGREGATORS,
+    RANDOM_PER,
+    ROUTINGS,
+    Route,
+    RoutingContext,
+    standardize,
+)
+
+
+@dataclass(kw_only=True)
+class RouteFields:
+    """The router's part of every RouteSAE config; ``d_in`` is ``len(layers) * d_model``.
+
+    Args:
+        layers: block numbers that are routed, strictly increasing.
+        site: which activation of a block, see ``hook_points.SITES``.
+        aggregator: how layers become the router's input, see ``router.AGGREGATORS``.
+        routing: how a layer is chosen, see ``router.ROUTINGS``.
+        fixed_layer: the block number for ``routing="fixed"``.
+        random_per: for ``routing="random"``, one layer per "token" or per "batch".
+        route_seed: seed of ``routing="random"``.
+        standardize: standardise each token's activation per layer, as the authors do.
+    """
+
+    layers: list[int]
+    site: str = "hook_resid_post"
+    aggregator: str = "sum"
+    routing: str = "hard"
+    fixed_layer: int | None = None
+    random_per: str = "token"
+    route_seed: int = 0
+    standardize: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]
+        cfg: Any = self
+        self.layers = check_layers(self.layers)
+        for name, known in (
+            ("site", SITES),
+            ("aggregator", AGGREGATORS),
+            ("routing", ROUTINGS),
+            ("random_per", RANDOM_PER),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
+        if cfg.d_in % self.n_layers:
+            raise ValueError(
+                f"d_in must be len(layers) * d_model: {cfg.d_in} is not a multiple of {self.n_layers} layers"
+            )
+        if self.routing == "fixed" and self.fixed_layer not in self.layers:
+            raise ValueError(
+                f"routing='fixed' needs fixed_layer to be one of layers {self.layers}, got {self.fixed_layer}"
+            )
+        if self.routing != "fixed" and self.fixed_layer is not None:
+            raise ValueError(f"fixed_layer={self.fixed_layer} only goes with routing='fixed'")
+        if cfg.normalize_activations not in ("none", "expected_average_only_in"):
+            raise ValueError(
+                f"normalize_activations={cfg.normalize_activations!r} does not work on a stack of layers; "
+                "expected 'none' (with standardize=True) or 'expected_average_only_in'"
+            )
+        if cfg.reshape_activations != "none":
+            raise ValueError(f"reshape_activations={cfg.reshape_activations!r} does not work on a stack of layers")
+        k = getattr(cfg, "k", None)
+        if k is not None and not 0 < k <= cfg.d_sae:
+            raise ValueError(f"k must be between 1 and d_sae = {cfg.d_sae}, got {k}")
+        # (SAEConfig.from_dict passes a plain dict first and sets the metadata afterwards)
+        if isinstance(cfg.metadata, SAEMetadata) and cfg.metadata.hook_name is None:
+            cfg.metadata.hook_name = stack_name(self.layers, self.site)
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def d_model(self) -> int:
+        return self.d_in // self.n_layers  # type: ignore[attr-defined]
+
+    @classmethod
+    def for_model(cls, model: Any, *, layers: Sequence[int] | None = None, **kwargs: Any) -> Any:
+        """A config whose ``d_in`` fits ``model``; ``layers`` defaults to 1/4 to 3/4 of its depth."""
+        backend = backend_of(model)
+        layers = check_layers(
+            default_layers(backend.n_layers) if layers is None else layers, backend.n_layers
+        )
+        cfg = cls(d_in=len(layers) * backend.d_model, layers=layers, **kwargs)  # type: ignore[call-arg]
+        cfg.metadata.hook_name = stack_name(layers, cfg.site, backend.blocks_path)  # type: ignore[attr-defined]
+        return cfg
+
+
+class Routed(SAE[Any]):
+    """What training and inference RouteSAEs share: the router, and everything that sees the stack.
+
+    ``encode`` and ``forward`` take the stack; ``encode_routed``, ``decode`` and all of SAELens' hook
+    points live in the routed space of size ``d_model``.
+    """
+
+    cfg: Any
+    W_router: nn.Parameter
+
+    @property
+    def layers(self) -> list[int]:
+        """Routed block numbers; ``route(stack).layer`` indexes this list."""
+        return self.cfg.layers
+
+    def mount(self, model: Any) -> str:
+        """Mount this SAE's multi-layer hook point on ``model`` (if it is not there) and return its name.
+
+        Raises:
+            ValueError: the model lacks the layers or the site, or has another d_model.
+        """
+        backend = backend_of(model)
+        if backend.d_model != self.cfg.d_model:
+            raise ValueError(
+                f"this RouteSAE was made for d_model = {self.cfg.d_model} ({self.cfg.n_layers} layers, "
+                f"d_in = {self.cfg.d_in}); the model has d_model = {backend.d_model}"
+            )
+        return mount_layers(model, self.layers, self.cfg.site)
+
+    def initialize_weights(self) -> None:
+        with _sized_for_d_model(self.cfg):  # SAELens sizes weights by d_in; the shared SAE reads d_model
+            super().initialize_weights()
+        if ROUTINGS[self.cfg.routing].learned:
+            router = nn.Linear(
+                self.cfg.d_model, self.cfg.n_layers, bias=False, dtype=self.dtype, device=self.device
+            )
+            self.W_router = router.weight  # (layer, d_model), Eq. 6
+            for name in AGGREGATORS[self.cfg.aggregator].parameters:
+                vector = torch.zeros(self.cfg.d_model, dtype=self.dtype, device=self.device)
+                self.register_parameter(name, nn.Parameter(vector))
+
+    def route(self, stack: Float[Tensor, "*batch stacked"], draw: int = 0) -> Route:
+        """Choose a layer for every token (Eqs. 5-9).
+
+        Args:
+            stack: activations of the routed layers side by side, ``... (layer d_model)``.
+            draw: counter of the random baseline's draws; other rules ignore it.
+
+        Raises:
+            ValueError: the last dimension is not ``len(layers) * d_model``.
+        """
+        if stack.shape[-1] != self.cfg.d_in:
+            raise ValueError(
+                f"expected a stack of {self.cfg.n_layers} layers x d_model {self.cfg.d_model} = {self.cfg.d_in} "
+                f"in the last dimension, got shape {tuple(stack.shape)}. Read it from the hook point that "
+                "sae.mount(model) returns."
+            )
+        layers = split_layers(stack.to(self.dtype), self.cfg.n_layers)
+        x = standardize(layers).x if self.cfg.standardize else layers
+        choice = ROUTINGS[self.cfg.routing].choose(
+            RoutingContext(
+                shape=tuple(stack.shape[:-1]),
+                n_layers=self.cfg.n_layers,
+                probs=lambda: self._probs(x),
+                fixed_index=self.layers.index(self.cfg.fixed_layer) if self.cfg.routing == "fixed" else None,
+                random_per=self.cfg.random_per,
+                seed=self.cfg.route_seed,
+                draw=draw,
+                device=x.device,
+                dtype=x.dtype,
+            )
+        )
+        if choice.mixture is not None:
+            routed = torch.einsum("...ld,...l->...d", x, choice.mixture)
+            return Route(choice.probs, choice.layer, choice.mixture, routed, choice.scale)
+        index = choice.layer[..., None, None].expand(*choice.layer.shape, 1, x.shape[-1])
+        routed = x.gather(-2, index).squeeze(-2) * choice.scale[..., None]
+        one_hot = nn.functional.one_hot(choice.layer, self.cfg.n_layers)
+        return Route(choice.probs, choice.layer, one_hot * choice.scale[..., None], routed, choice.scale)
+
+    def _probs(self, x: Float[Tensor, "*batch layer d_model"]) -> Float[Tensor, "*batch layer"]:
+        aggregator = AGGREGATORS[self.cfg.aggregator]
+        pooled = aggregator.pool(x, {name: getattr(self, name) for name in aggregator.parameters})
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return torch.softmax(pooled @ self.W_router.T, dim=-1, dtype=wide).to(x.dtype)
+
+    def encode(self, x: Float[Tensor, "*batch stacked"]) -> Float[Tensor, "*batch d_sae"]:
+        """Latents of a stack: route, then encode (Eq. 10)."""
+        return self.encode_routed(self.route(x).input)
+
+    def encode_routed(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
+        """Latents of what the shared SAE reads, ``Route.input``."""
+        return super().encode(x)  # type: ignore[safe-super]
+
+    def forward(self, x: Float[Tensor, "*batch stacked"]) -> Float[Tensor, "*batch d_model"]:
+        """Reconstruction of the routed input (Eq. 11): standardised and scaled by p as ``route(x).input`` is."""
+        routed = self.route(x).input
+        out = self.decode(self.encode_routed(routed))
+        if self.use_error_term:
+            with torch.no_grad(), _disable_hooks(self):
+                clean = self.decode(self.encode_routed(routed))
+            out = out + self.hook_sae_error(routed - clean)
+        return self.hook_sae_output(out)
+
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        """Fold SAELens' scalar input norm; a no-op where layers are standardised (they undo any scale)."""
+        if not self.cfg.standardize:
+            super().fold_activation_norm_scaling_factor(scaling_factor)
+            if ROUTINGS[self.cfg.routing].learned:
+                self.W_router.mul_(scaling_factor)
+                for name in AGGREGATORS[self.cfg.aggregator].parameters:
+                    getattr(self, name).mul_(scaling_factor)
+        self.cfg.normalize_activations = "none"
+
+    def fold_activation_whitening(self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor) -> None:
+        raise NotImplementedError("a RouteSAE reads several layers; one whitening matrix cannot be folded into it")
+
+
+class RouteSAE(Routed):
+    """Common base of the routed inference SAEs: ``isinstance(sae, RouteSAE)``, ``RouteSAE.load_from_disk``."""
+
+    shared_class: ClassVar[type[SAE[Any]]]
+    """The stock SAELens class that one layer's view of this SAE is."""
+    shared_config: ClassVar[type[SAEConfig]]
+
+
+@dataclass(kw_only=True)
+class RouteTrainingFields(RouteFields):
+    """Training fields on top of :class:`RouteFields`.
+
+    Args:
+        loss: "normalized_mse" divides the squared error by ||x||^2 per token (the authors' code);
+            "mse" is Eq. 12.
+    """
+
+    loss: Literal["normalized_mse", "mse"] = "normalized_mse"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss not in ("normalized_mse", "mse"):
+            raise ValueError(f"unknown loss {self.loss!r}; known: normalized_mse, mse")
+
+
+class RouteTrainingSAE(Routed, TrainingSAE[Any]):
+    """Common base of the routed training SAEs."""
+
+    def __init__(self, cfg: Any, use_error_term: bool = False):
+        super().__init__(cfg, use_error_term)
+        self.mse_loss_fn = self._reconstruction_loss  # SAELens sets its own on every construction
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        route = self.route(step_input.sae_in, draw=step_input.n_training_steps)
+        output = super().training_forward_pass(replace(step_input, sae_in=route.input))
+        output.metrics.update(route_metrics(route, self.layers))
+        return output
+
+    def _reconstruction_loss(
+        self, preds: Float[Tensor, "*batch d_model"], target: Float[Tensor, "*batch d_model"]
+    ) -> Float[Tensor, "*batch d_model"]:
+        if self.cfg.routing == "straight_through":
+            # With the target attached, the normalised loss would be scale-free and the router learn nothing.
+            target = target.detach()
+        error = (preds - target).pow(2)
+        if self.cfg.loss == "mse":
+            return error
+        return error / target.pow(2).sum(-1, keepdim=True).clamp_min(1e-12)
+
+    def calculate_aux_loss(
+        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+    ) -> Tensor | dict[str, Tensor]:
+        """SAELens' auxiliary losses, on the scale of the reconstruction loss."""
+        if self.cfg.loss == "mse":
+            return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)  # type: ignore[safe-super]
+        norm = step_input.sae_in.norm(dim=-1, keepdim=True).detach().clamp_min(1e-6)
+        return self._normalized_aux_loss(step_input, feature_acts, hidden_pre, sae_out, norm)
+
+    def _normalized_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: Tensor,
+        hidden_pre: Tensor,
+        sae_out: Tensor,
+        norm: Float[Tensor, "*batch 1"],
+    ) -> Tensor | dict[str, Tensor]:
+        """Auxiliary losses with squared errors divided per token by ||x||^2 and L1 by ||x||.
+
+        This default serves losses that are homogeneous in the activations: scaling what goes in is enough.
+        """
+        return super().calculate_aux_loss(  # type: ignore[safe-super]
+            replace(step_input, sae_in=step_input.sae_in / norm),
+            feature_acts if feature_acts.is_sparse else feature_acts / norm,
+            hidden_pre / norm,
+            sae_out / norm,
+        )
+
+    @torch.no_grad()
+    def init_from(self, sae: SAE[Any]) -> None:
+        """Start from the weights of a trained single-layer SAE (or another RouteSAE): copy what both have.
+
+        The router keeps its own initialisation. Raises ValueError where a shape differs or nothing matches.
+        """
+        ours, theirs = dict(self.named_parameters()), dict(sae.named_parameters())
+        shared = [name for name in theirs if name in ours and not name.startswith(("W_router", "router_"))]
+        missing = {"W_enc", "W_dec", "b_dec"} - set(shared)
+        wrong = [
+            f"{name}: {tuple(theirs[name].shape)} into {tuple(ours[name].shape)}"
+            for name in shared
+            if theirs[name].shape != ours[name].shape
+        ]
+        if missing or wrong:
+            raise ValueError(
+                f"cannot start {type(self).__name__} from {type(sae).__name__}: "
+                + "; ".join(wrong + [f"no {name}" for name in sorted(missing)])
+            )
+        for name in shared:
+            ours[name].copy_(theirs[name])
+        if getattr(self.cfg, "rescale_acts_by_decoder_norm", False) and not getattr(
+            sae.cfg, "rescale_acts_by_decoder_norm", False
+        ):
+            # Their latents are not measured in units of the decoder norm, ours are: make both the same.
+            self.fold_W_dec_norm()
+
+
+def route_metrics(route: Route, layers: Sequence[int]) -> dict[str, Tensor]:
+    """Collapse metrics of one batch: mean p of the chosen layer, entropy of probs (nats), share per layer."""
+    probs = route.probs.detach().flatten(0, -2)
+    entropy = torch.special.entr(probs).sum(-1).mean()
+    chosen = nn.functional.one_hot(route.layer.flatten(), len(layers)).float().mean(0)
+    metrics = {"route_mean_p": probs.gather(-1, route.layer.flatten()[:, None]).mean(), "route_entropy": entropy}
+    return metrics | {f"layer_share/{layer}": chosen[i] for i, layer in enumerate(layers)}
+
+
+class SignedTopK(nn.Module):
+    """The k largest pre-activations, negative ones included (the authors' TopK has no ReLU)."""
+
+    def __init__(self, k: int):
+        super().__init__()
+        self.k = k
+
+    def forward(self, x: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        top = torch.topk(x, k=self.k, dim=-1, sorted=False)
+        return torch.zeros_like(x).scatter(-1, top.indices, top.values)
+
+
+@contextmanager
+def _sized_for_d_model(cfg: Any) -> Iterator[None]:
+    d_in = cfg.d_in
+    cfg.d_in = cfg.d_model
+    try:
+        yield
+    finally:
+        cfg.d_in = d_in
+
+
+# --- TopK ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RouteTopKSAEConfig(RouteFields, TopKSAEConfig):
+    """Config of :class:`RouteTopKSAE`. ``relu=False`` keeps negative latents among the k, as the authors do."""
+
+    relu: bool = field(default=True, kw_only=True)
+
+    @classmethod
+    def architecture(cls) -> str:
+        return "route_topk"
+
+
+class RouteTopKSAE(RouteSAE, TopKSAE):
+    """RouteSAE with a TopK SAE: the paper's."""
+
+    shared_class = TopKSAE
+    shared_config = TopKSAEConfig
+
+    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
+        return super().get_activation_fn() if self.cfg.relu else SignedTopK(self.cfg.k)
+
+
+@dataclass(kw_only=True)
+class RouteTopKTrainingSAEConfig(RouteTrainingFields, TopKTrainingSAEConfig):
+    """Config of :class:`RouteTopKTrainingSAE`: the router's fields, ``relu``, and SAELens' TopK fields."""
+
+    relu: bool = True
+
+    @classmethod
+    def architecture(cls) -> str:
+        return "route_topk"
+
+
+class RouteTopKTrainingSAE(RouteTrainingSAE, TopKTrainingSAE):
+    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
+        return super().get_activation_fn() if self.cfg.relu else SignedTopK(self.cfg.k)
+
+
+# --- JumpReLU: also what BatchTopK and Matryoshka become ----------------------------------------------
+
+
+@dataclass
+class RouteJumpReLUSAEConfig(RouteFields, JumpReLUSAEConfig):
+    @classmethod
+    def architecture(cls) -> str:
+        return "route_jumprelu"
+
+
+class RouteJumpReLUSAE(RouteSAE, JumpReLUSAE):
+    shared_class = JumpReLUSAE
+    shared_config = JumpReLUSAEConfig
+
+
+@dataclass(kw_only=True)
+class RouteJumpReLUTrainingSAEConfig(RouteTrainingFields, JumpReLUTrainingSAEConfig):
+    @classmethod
+    def architecture(cls) -> str:
+        return "route_jumprelu"
+
+
+class RouteJumpReLUTrainingSAE(RouteTrainingSAE, JumpReLUTrainingSAE):
+    def _normalized_aux_loss(
+        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor, norm: Tensor
+    ) -> Tensor | dict[str, Tensor]:
+        # L0 counts latents: it has no scale to remove.
+        return JumpReLUTrainingSAE.calculate_aux_loss(self, step_input, feature_acts, hidden_pre, sae_out)
+
+
+# --- BatchTopK and Matryoshka BatchTopK ---------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class RouteBatchTopKTrainingSAEConfig(RouteTrainingFields, BatchTopKTrainingSAEConfig):
+    @classmethod
+    def architecture(cls) -> str:
+        return "route_batchtopk"
+
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return RouteJumpReLUSAEConfig
+
+
+class RouteBatchTopKTrainingSAE(RouteTrainingSAE, BatchTopKTrainingSAE):
+    cfg: Any
+
+
+@dataclass(kw_only=True)
+class RouteMatryoshkaBatchTopKTrainingSAEConfig(RouteTrainingFields, MatryoshkaBatchTopKTrainingSAEConfig):
+    @classmethod
+    def architecture(cls) -> str:
+        return "route_matryoshka_batchtopk"
+
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return RouteJumpReLUSAEConfig
+
+
+class RouteMatryoshkaBatchTopKTrainingSAE(RouteTrainingSAE, MatryoshkaBatchTopKTrainingSAE):
+    cfg: Any
+    _aux_norm: Tensor | None = None
+
+    def _iterable_decode(
+        self, feature_acts: Tensor, include_outer_loss: bool = False
+    ) -> Any:
+        for width, decoded in super()._iterable_decode(feature_acts, include_outer_loss):
+            yield width, decoded if self._aux_norm is None else decoded / self._aux_norm
+
+    def _normalized_aux_loss(
+        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor, norm: Tensor
+    ) -> Tensor | dict[str, Tensor]:
+        # The partial reconstructions hold b_dec, so they are divided where they are made.
+        self._aux_norm = norm
+        try:
+            return MatryoshkaBatchTopKTrainingSAE.calculate_aux_loss(
+                self,
+                replace(step_input, sae_in=step_input.sae_in / norm),
+                feature_acts,
+                hidden_pre / norm,
+                sae_out / norm,
+            )
+        finally:
+            self._aux_norm = None
+
+
+# --- Gated --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RouteGatedSAEConfig(RouteFields, GatedSAEConfig):
+    @classmethod
+    def architecture(cls) -> str:
+        return "route_gated"
+
+
+class RouteGatedSAE(RouteSAE, GatedSAE):
+    shared_class = GatedSAE
+    shared_config = GatedSAEConfig
+
+
+@dataclass(kw_only=True)
+class RouteGatedTrainingSAEConfig(RouteTrainingFields, GatedTrainingSAEConfig):
+    @classmethod
+    def architecture(cls) -> str:
+        return "route_gated"
+
+
+class RouteGatedTrainingSAE(RouteTrainingSAE, GatedTrainingSAE):
+    def _normalized_aux_loss(
+        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor, norm: Tensor
+    ) -> dict[str, Tensor]:
+        # Both terms go through encoder biases, so dividing the input would not divide the loss.
+        x = step_input.sae_in
+        gate = torch.relu((x - self.b_dec * self.cfg.apply_b_dec_to_input) @ self.W_enc + self.b_gate)
+        l1 = (gate * self.W_dec.norm(dim=1)).sum(-1, keepdim=True) / norm
+        error = (gate @ self.W_dec + self.b_dec - x) / norm
+        return {
+            "l1_loss": step_input.coefficients["l1"] * l1.mean(),
+            "auxiliary_reconstruction_loss": error.pow(2).sum(-1).mean(),
+        }
+
+
+# --- Standard (ReLU, L1) --------------------------------------------------------------------------------
+
+
+@dataclass
+class RouteStandardSAEConfig(RouteFields, StandardSAEConfig):
+    @classmethod
+    def architecture(cls) -> str:
+        return "route_standard"
+
+
+class RouteStandardSAE(RouteSAE, StandardSAE):
+    shared_class = StandardSAE
+    shared_config = StandardSAEConfig
+
+
+@dataclass(kw_only=True)
+class RouteStandardTrainingSAEConfig(RouteTrainingFields, StandardTrainingSAEConfig):
+    @classmethod
+    def architecture(cls) -> str:
+        return "route_standard"
+
+
+class RouteStandardTrainingSAE(RouteTrainingSAE, StandardTrainingSAE):
+    pass
+
+
+# --- Registration -----------------------------------------------------------------------------------------
+
+INFERENCE: tuple[tuple[type[RouteSAE], type[SAEConfig]], ...] = (
+    (RouteTopKSAE, RouteTopKSAEConfig),
+    (RouteJumpReLUSAE, RouteJumpReLUSAEConfig),
+    (RouteGatedSAE, RouteGatedSAEConfig),
+    (RouteStandardSAE, RouteStandardSAEConfig),
+)
+TRAINING: tuple[tuple[type[RouteTrainingSAE], Any], ...] = (
+    (RouteTopKTrainingSAE, RouteTopKTrainingSAEConfig),
+    (RouteBatchTopKTrainingSAE, RouteBatchTopKTrainingSAEConfig),
+    (RouteMatryoshkaBatchTopKTrainingSAE, RouteMatryoshkaBatchTopKTrainingSAEConfig),
+    (RouteJumpReLUTrainingSAE, RouteJumpReLUTrainingSAEConfig),
+    (RouteGatedTrainingSAE, RouteGatedTrainingSAEConfig),
+    (RouteStandardTrainingSAE, RouteStandardTrainingSAEConfig),
+)
+for sae_class, config in INFERENCE:
+    register_sae_class(config.architecture(), sae_class, config)
+for training_class, config in TRAINING:
+    register_sae_training_class(config.architecture(), training_class, config)
+
+ROUTE_ARCHITECTURES: dict[str, Any] = {config.architecture(): config for _, config in TRAINING}
+"""Training configs by architecture name."""
+
+
+def inference_form(sae: TrainingSAE[Any], scaling_factor: float | None = None) -> SAE[Any]:
+    """The inference SAE that ``sae.save_inference_model`` would write, without going through the disk.
+
+    Args:
+        sae: any SAELens training SAE; it is left untouched.
+        scaling_factor: input scale of a run in progress under ``expected_average_only_in``, to be folded.
+    """
+    state = {name: tensor.detach().clone() for name, tensor in sae.state_dict().items()}
+    sae.process_state_dict_for_saving_inference(state)
+    cfg_dict = sae.cfg.get_inference_sae_cfg_dict()
+    device, cfg_dict["device"] = cfg_dict["device"], "meta"
+    inference: SAE[Any] = SAE.from_dict(cfg_dict)
+    inference.cfg.device = device
+    inference.process_state_dict_for_loading(state)
+    inference.load_state_dict(state, assign=True)
+    inference = inference.to(device=device, dtype=sae.dtype)
+    if scaling_factor is not None:
+        inference.fold_activation_norm_scaling_factor(scaling_factor)
+    return inference.eval()

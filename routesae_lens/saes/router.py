@@ -1,0 +1,179 @@
+"""The router: which layer does each token's shared SAE read? (RouteSAE, section 2.2 and appendices B, C.)
+
+Standardise every layer's activation, pool the layers into one vector (an *aggregator*), turn it into
+probabilities over layers, and let a *routing rule* choose. To add an aggregator or a rule, write one
+function and give it an entry in :data:`AGGREGATORS` or :data:`ROUTINGS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from einops import einsum, reduce
+from jaxtyping import Float, Int
+from torch import Tensor
+
+EPS = 1e-6
+"""Added to the standard deviation, as in the authors' code."""
+
+
+class Route(NamedTuple):
+    """Where each token goes. All fields share the leading dimensions of the stack they were made from."""
+
+    probs: Float[Tensor, "*batch layer"]
+    """Probability of each layer (Eq. 7)."""
+    layer: Int[Tensor, "*batch"]
+    """The chosen layer as an index into the routed layers (not a block number); argmax of ``weights``."""
+    weights: Float[Tensor, "*batch layer"]
+    """What each layer's standardised activation is multiplied by before the sum."""
+    input: Float[Tensor, "*batch d_model"]
+    """What the shared SAE reads (Eq. 9 for hard routing)."""
+    scale: Float[Tensor, "*batch"]
+    """Factor on the chosen layer's activation in ``input``: p for hard routing, else 1."""
+
+
+class Standardized(NamedTuple):
+    x: Float[Tensor, "*batch d_model"]
+    mean: Float[Tensor, "*batch 1"]
+    std: Float[Tensor, "*batch 1"]
+    """Already with :data:`EPS` added: ``x * std + mean`` is the original."""
+
+
+def standardize(x: Float[Tensor, "*batch d_model"]) -> Standardized:
+    """Per token (and layer): subtract the mean, divide by the unbiased standard deviation + 1e-6.
+
+    Statistics are computed in at least float32; the result has the dtype of ``x``.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = wide.mean(-1, keepdim=True)
+    centered = wide - mean
+    std = centered.std(-1, keepdim=True) + EPS
+    return Standardized((centered / std).to(x.dtype), mean.to(x.dtype), std.to(x.dtype))
+
+
+Pool = Callable[
+    [Float[Tensor, "*batch layer d_model"], dict[str, Tensor]], Float[Tensor, "*batch d_model"]
+]
+
+
+class Aggregator(NamedTuple):
+    """How the layers become the router's input."""
+
+    pool: Pool
+    parameters: tuple[str, ...] = ()
+    """Names of learned vectors of size d_model (zero at the start), given to ``pool`` by name."""
+
+
+def _sum(x: Float[Tensor, "*batch layer d_model"], parameters: dict[str, Tensor]) -> Tensor:
+    return reduce(x, "... layer d_model -> ... d_model", "sum")
+
+
+def _mean(x: Float[Tensor, "*batch layer d_model"], parameters: dict[str, Tensor]) -> Tensor:
+    return reduce(x, "... layer d_model -> ... d_model", "mean")
+
+
+def _attention(x: Float[Tensor, "*batch layer d_model"], parameters: dict[str, Tensor]) -> Tensor:
+    # The paper gives no formula (appendix B). Ours: one learned query attends over the layers.
+    scores = einsum(x, parameters["router_query"], "... layer d_model, d_model -> ... layer")
+    attention = torch.softmax(scores / x.shape[-1] ** 0.5, dim=-1)
+    return einsum(x, attention, "... layer d_model, ... layer -> ... d_model")
+
+
+AGGREGATORS: dict[str, Aggregator] = {
+    "sum": Aggregator(_sum),  # Eq. 5
+    "mean": Aggregator(_mean),
+    "attention": Aggregator(_attention, ("router_query",)),
+}
+
+
+class Choice(NamedTuple):
+    """What a routing rule decides."""
+
+    probs: Float[Tensor, "*batch layer"]
+    layer: Int[Tensor, "*batch"]
+    scale: Float[Tensor, "*batch"]
+    mixture: Float[Tensor, "*batch layer"] | None = None
+    """Weights of a sum over layers, for rules that read more than one layer."""
+
+
+class RoutingContext(NamedTuple):
+    """What a routing rule may look at."""
+
+    shape: tuple[int, ...]
+    """Leading dimensions of the stack."""
+    n_layers: int
+    probs: Callable[[], Float[Tensor, "*batch layer"]]
+    """The learned probabilities, computed on demand."""
+    fixed_index: int | None
+    random_per: str
+    seed: int
+    draw: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+class Routing(NamedTuple):
+    choose: Callable[[RoutingContext], Choice]
+    learned: bool
+    """Whether the rule needs the router's parameters."""
+
+
+def _hard(ctx: RoutingContext) -> Choice:
+    probs = ctx.probs()
+    p, layer = probs.max(dim=-1)
+    return Choice(probs, layer, p)
+
+
+def _soft(ctx: RoutingContext) -> Choice:
+    probs = ctx.probs()
+    layer = probs.argmax(dim=-1)
+    return Choice(probs, layer, torch.ones_like(probs[..., 0]), mixture=probs)
+
+
+def _straight_through(ctx: RoutingContext) -> Choice:
+    # Value 1, gradient of p: the SAE reads the activation unscaled and the router still learns.
+    # The loss must compare with the *detached* activation (see RouteTrainingSAE).
+    probs = ctx.probs()
+    p, layer = probs.max(dim=-1)
+    return Choice(probs, layer, 1 + p - p.detach())
+
+
+def _random(ctx: RoutingContext) -> Choice:
+    layer = uniform_layers(ctx.shape, ctx.n_layers, ctx.seed, ctx.draw, per=ctx.random_per).to(ctx.device)
+    probs = torch.full((*ctx.shape, ctx.n_layers), 1 / ctx.n_layers, device=ctx.device, dtype=ctx.dtype)
+    return Choice(probs, layer, torch.ones(ctx.shape, device=ctx.device, dtype=ctx.dtype))
+
+
+def _fixed(ctx: RoutingContext) -> Choice:
+    assert ctx.fixed_index is not None  # checked by the config
+    layer = torch.full(ctx.shape, ctx.fixed_index, device=ctx.device)
+    probs = torch.nn.functional.one_hot(layer, ctx.n_layers).to(ctx.dtype)
+    return Choice(probs, layer, torch.ones(ctx.shape, device=ctx.device, dtype=ctx.dtype))
+
+
+ROUTINGS: dict[str, Routing] = {
+    "hard": Routing(_hard, learned=True),  # Eqs. 8 and 9
+    "soft": Routing(_soft, learned=True),  # Eq. 14
+    "random": Routing(_random, learned=False),  # the paper's baseline: uniform
+    "fixed": Routing(_fixed, learned=False),
+    "straight_through": Routing(_straight_through, learned=True),  # ours
+}
+RANDOM_PER = ("token", "batch")
+
+
+def uniform_layers(
+    shape: tuple[int, ...], n_layers: int, seed: int, draw: int = 0, per: str = "token"
+) -> Int[Tensor, "..."]:
+    """Layer indices drawn uniformly, a function of (seed, draw, sequence, position) alone.
+
+    The last of ``shape`` is the position. Longer sequences begin with the draws of shorter ones, so
+    both passes of a splice and step-by-step generation see the same layers.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + draw)
+    if per == "batch":
+        return torch.randint(n_layers, (1,), generator=generator).expand(shape)
+    *sequences, positions = shape or (1,)
+    rows = torch.randint(n_layers, (positions, *sequences), generator=generator)  # position-major
+    return rows.movedim(0, -1).reshape(shape)

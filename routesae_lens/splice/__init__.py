@@ -1,0 +1,1 @@
+"""Putting reconstructions into the model: the replacement itself, and the model classes that attach SAEs."""
