@@ -73,8 +73,7 @@ def documents(model, tokenizer, prompts: list[str], batch_size: int, max_new_tok
         batch = prompts[start : start + batch_size]
         chats = [[{"role": "user", "content": prompt}] for prompt in batch]
         texts = [
-            tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-            for chat in chats
+            tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats
         ]
         inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
         inputs.pop("token_type_ids", None)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from einops import rearrange
@@ -79,7 +79,9 @@ def unmount_layers(model: Any, name: str) -> None:
     backend = backend_of(model)
     points = backend.points()
     if name not in points:
-        raise ValueError(f"no multi-layer hook point {name!r} is mounted; mounted: {sorted(points) or 'none'}")
+        raise ValueError(
+            f"no multi-layer hook point {name!r} is mounted; mounted: {sorted(points) or 'none'}"
+        )
     point = points[name]
     point.remove_all_hooks_and_taps()
     backend.unregister(name)
@@ -236,9 +238,7 @@ class Backend(Protocol):
     def points(self) -> dict[str, LayersHookPoint]: ...
     def register(self, name: str, point: LayersHookPoint) -> None: ...
     def unregister(self, name: str) -> None: ...
-    def tap(
-        self, layer: int, site: str, point: LayersHookPoint, index: int
-    ) -> Iterator[RemovableHandle]: ...
+    def tap(self, layer: int, site: str, point: LayersHookPoint, index: int) -> Iterator[RemovableHandle]: ...
     def hook_name(self, layer: int, site: str) -> str: ...
 
 
@@ -355,7 +355,7 @@ class _Proxy:
     """HookedProxyLM: a Hugging Face model whose submodules' outputs are the hooks."""
 
     # Names of the modules that read or write the residual stream, by family (Llama-like, GPT-2-like).
-    MODULES = {
+    MODULES: ClassVar[dict[str, tuple[str, ...]]] = {
         "hook_attn_out": ("self_attn", "attn", "attention", "self_attention"),
         "hook_mlp_out": ("mlp", "feed_forward"),
         "hook_resid_mid": ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2"),

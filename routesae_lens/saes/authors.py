@@ -54,7 +54,9 @@ def from_authors_checkpoint(
     state = torch.load(path, map_location="cpu", weights_only=True)
     found = set(state) if isinstance(state, dict) else type(state).__name__
     if found != _KEYS:
-        raise ValueError(f"{path} is no RouteSAE checkpoint: expected the tensors {sorted(_KEYS)}, found {found}")
+        raise ValueError(
+            f"{path} is no RouteSAE checkpoint: expected the tensors {sorted(_KEYS)}, found {found}"
+        )
     n_layers, d_model = state["router.weight"].shape
     if n_layers != len(layers):
         raise ValueError(f"{path} routes {n_layers} layers, but layers lists {len(layers)}: {layers}")

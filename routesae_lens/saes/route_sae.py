@@ -117,7 +117,9 @@ class RouteFields:
                 "expected 'none' (with standardize=True) or 'expected_average_only_in'"
             )
         if cfg.reshape_activations != "none":
-            raise ValueError(f"reshape_activations={cfg.reshape_activations!r} does not work on a stack of layers")
+            raise ValueError(
+                f"reshape_activations={cfg.reshape_activations!r} does not work on a stack of layers"
+            )
         k = getattr(cfg, "k", None)
         if k is not None and not 0 < k <= cfg.d_sae:
             raise ValueError(f"k must be between 1 and d_sae = {cfg.d_sae}, got {k}")
@@ -260,8 +262,12 @@ class Routed(SAE[Any]):
                     getattr(self, name).mul_(scaling_factor)
         self.cfg.normalize_activations = "none"
 
-    def fold_activation_whitening(self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor) -> None:
-        raise NotImplementedError("a RouteSAE reads several layers; one whitening matrix cannot be folded into it")
+    def fold_activation_whitening(
+        self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor
+    ) -> None:
+        raise NotImplementedError(
+            "a RouteSAE reads several layers; one whitening matrix cannot be folded into it"
+        )
 
 
 class RouteSAE(Routed):
@@ -374,7 +380,10 @@ def route_metrics(route: Route, layers: Sequence[int]) -> dict[str, Tensor]:
     probs = route.probs.detach().flatten(0, -2)
     entropy = torch.special.entr(probs).sum(-1).mean()
     chosen = nn.functional.one_hot(route.layer.flatten(), len(layers)).float().mean(0)
-    metrics = {"route_mean_p": probs.gather(-1, route.layer.flatten()[:, None]).mean(), "route_entropy": entropy}
+    metrics = {
+        "route_mean_p": probs.gather(-1, route.layer.flatten()[:, None]).mean(),
+        "route_entropy": entropy,
+    }
     return metrics | {f"layer_share/{layer}": chosen[i] for i, layer in enumerate(layers)}
 
 
@@ -464,7 +473,12 @@ class RouteJumpReLUTrainingSAEConfig(RouteTrainingFields, JumpReLUTrainingSAECon
 
 class RouteJumpReLUTrainingSAE(RouteTrainingSAE, JumpReLUTrainingSAE):
     def _normalized_aux_loss(
-        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor, norm: Tensor
+        self,
+        step_input: TrainStepInput,
+        feature_acts: Tensor,
+        hidden_pre: Tensor,
+        sae_out: Tensor,
+        norm: Tensor,
     ) -> Tensor | dict[str, Tensor]:
         # L0 counts latents: it has no scale to remove.
         return JumpReLUTrainingSAE.calculate_aux_loss(self, step_input, feature_acts, hidden_pre, sae_out)
@@ -501,14 +515,17 @@ class RouteMatryoshkaBatchTopKTrainingSAE(RouteTrainingSAE, MatryoshkaBatchTopKT
     cfg: Any
     _aux_norm: Tensor | None = None
 
-    def _iterable_decode(
-        self, feature_acts: Tensor, include_outer_loss: bool = False
-    ) -> Any:
+    def _iterable_decode(self, feature_acts: Tensor, include_outer_loss: bool = False) -> Any:
         for width, decoded in super()._iterable_decode(feature_acts, include_outer_loss):
             yield width, decoded if self._aux_norm is None else decoded / self._aux_norm
 
     def _normalized_aux_loss(
-        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor, norm: Tensor
+        self,
+        step_input: TrainStepInput,
+        feature_acts: Tensor,
+        hidden_pre: Tensor,
+        sae_out: Tensor,
+        norm: Tensor,
     ) -> Tensor | dict[str, Tensor]:
         # The partial reconstructions hold b_dec, so they are divided where they are made.
         self._aux_norm = norm
@@ -548,7 +565,12 @@ class RouteGatedTrainingSAEConfig(RouteTrainingFields, GatedTrainingSAEConfig):
 
 class RouteGatedTrainingSAE(RouteTrainingSAE, GatedTrainingSAE):
     def _normalized_aux_loss(
-        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor, norm: Tensor
+        self,
+        step_input: TrainStepInput,
+        feature_acts: Tensor,
+        hidden_pre: Tensor,
+        sae_out: Tensor,
+        norm: Tensor,
     ) -> dict[str, Tensor]:
         # Both terms go through encoder biases, so dividing the input would not divide the loss.
         x = step_input.sae_in

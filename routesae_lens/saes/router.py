@@ -53,9 +53,7 @@ def standardize(x: Float[Tensor, "*batch d_model"]) -> Standardized:
     return Standardized((centered / std).to(x.dtype), mean.to(x.dtype), std.to(x.dtype))
 
 
-Pool = Callable[
-    [Float[Tensor, "*batch layer d_model"], dict[str, Tensor]], Float[Tensor, "*batch d_model"]
-]
+Pool = Callable[[Float[Tensor, "*batch layer d_model"], dict[str, Tensor]], Float[Tensor, "*batch d_model"]]
 
 
 class Aggregator(NamedTuple):

@@ -1,0 +1,186 @@
+"""Sums and counts behind an evaluation, and the numbers made from them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from routesae_lens.analysis.subjects import Reading, Subject
+
+
+@dataclass
+class Evaluation:
+    """Metrics of one SAE on held-out tokens. "Token" means a kept token: special tokens and position 0 are out."""
+
+    tokens: int
+    """Kept tokens: those encoded, spliced and averaged over."""
+    sequences: int
+    kl: float
+    """KL(original || spliced), nats per token."""
+    kl_stderr: float
+    """Standard error of ``kl`` over sequences."""
+    kl_authors: float
+    """The authors' number: KL summed over all positions, averaged over sequences."""
+    kl_unscaled: float | None
+    """``kl`` of the authors' splice, which leaves p out (None where it is the same splice)."""
+    ce_clean: float
+    """Next-token cross-entropy of the model as it is, nats per token."""
+    ce_spliced: float
+    ce_zero: float
+    """... with each token's routed activation set to zero: the denominator of ``loss_recovered``."""
+    delta_ce: float
+    loss_recovered: float
+    """1 - delta_ce / (ce_zero - ce_clean)."""
+    norm_mse: float
+    """Mean over tokens of ||z - z_hat||^2 / ||z||^2, z the routed activation, standardised, without p."""
+    explained_variance: float
+    """1 - sum ||z - z_hat||^2 / sum ||z - mean of its layer||^2."""
+    l0: float
+    dead_latents: int
+    """Latents that fired on none of ``tokens``."""
+    mean_p: float
+    """Mean probability of the chosen layer."""
+    entropy: float
+    """Mean entropy of the layer probabilities, nats; log(number of layers) is a router that does not care."""
+    layer_share: dict[int, float]
+    """Share of tokens routed to each block."""
+    norm_mse_per_layer: dict[int, float]
+    explained_variance_per_layer: dict[int, float]
+    splice: str
+    """What was written back."""
+    firing_frequency: Float[Tensor, " d_sae"] = field(repr=False)
+    """Share of tokens on which each latent is active."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the per-latent frequencies, ready for JSON."""
+        return {name: value for name, value in asdict(self).items() if name != "firing_frequency"}
+
+
+def kl_per_token(
+    clean: Float[Tensor, "*batch vocab"], spliced: Float[Tensor, "*batch vocab"]
+) -> Float[Tensor, "*batch"]:
+    """KL(clean || spliced) of the next-token distributions, in nats."""
+    p, q = clean.float().log_softmax(-1), spliced.float().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+class Tally:
+    """Sums and counts in float64, so that nothing depends on the batch size."""
+
+    def __init__(self, subject: Subject):
+        self.subject = subject
+        layers, d_sae, wide = len(subject.layers), subject.sae.cfg.d_sae, torch.float64
+        self.count = torch.zeros(layers, dtype=wide)
+        self.ratio = torch.zeros(layers, dtype=wide)  # ||error||^2 / ||z||^2
+        self.error = torch.zeros(layers, dtype=wide)
+        self.square = torch.zeros(layers, dtype=wide)
+        self.sum: Tensor | None = None  # (layer, d_model)
+        self.fired = torch.zeros(d_sae, dtype=wide)
+        self.p = self.entropy = self.kl_all = self.unscaled = 0.0
+        self.ce = {"clean": 0.0, "spliced": 0.0, "zero": 0.0}
+        self.predicted = 0
+        self.kl_sums: list[float] = []
+        self.kl_counts: list[int] = []
+        self.has_unscaled = False
+
+    def add_reading(self, reading: Reading, keep: Tensor) -> None:
+        acts, out = self.subject.autoencode(reading, keep)
+        z, layer = reading.original[keep].double(), reading.layer[keep].cpu()
+        error = (z - out.double()).pow(2).sum(-1).cpu()
+        z = z.cpu()
+        square = z.pow(2).sum(-1)
+        if self.sum is None:
+            self.sum = torch.zeros(len(self.count), z.shape[-1], dtype=z.dtype)
+        self.sum.index_add_(0, layer, z)
+        self.count.index_add_(0, layer, torch.ones_like(square))
+        self.square.index_add_(0, layer, square)
+        self.error.index_add_(0, layer, error)
+        self.ratio.index_add_(0, layer, error / square.clamp_min(1e-12))
+        self.fired += acts.bool().sum(0).double().cpu()
+        if reading.route is None:
+            self.p += float(keep.sum())
+        else:
+            probs = reading.route.probs[keep].double()
+            self.p += probs.gather(-1, reading.layer[keep][:, None]).sum().item()
+            self.entropy += torch.special.entr(probs).sum().item()
+
+    def add_clean(self, tokens: Tensor, clean: Tensor, keep: Tensor) -> None:
+        self.predicted += int((keep[:, :-1] & keep[:, 1:]).sum())
+        self.ce["clean"] += _cross_entropy(clean, tokens, keep)
+
+    def add_spliced(self, tokens: Tensor, clean: Tensor, spliced: Tensor, keep: Tensor) -> None:
+        self.ce["spliced"] += _cross_entropy(spliced, tokens, keep)
+        for row, kept in enumerate(keep):  # one sequence at a time: float32 logits are large
+            kl = kl_per_token(clean[row], spliced[row]).double()
+            self.kl_all += kl.sum().item()
+            self.kl_sums.append(kl[kept].sum().item())
+            self.kl_counts.append(int(kept.sum()))
+
+    def add_zeroed(self, tokens: Tensor, zeroed: Tensor, keep: Tensor) -> None:
+        self.ce["zero"] += _cross_entropy(zeroed, tokens, keep)
+
+    def add_unscaled(self, clean: Tensor, spliced: Tensor, keep: Tensor) -> None:
+        self.has_unscaled = True
+        for row, kept in enumerate(keep):
+            self.unscaled += kl_per_token(clean[row], spliced[row])[kept].double().sum().item()
+
+    def result(self, scale_by_p: bool) -> Evaluation:
+        assert self.sum is not None
+        n = int(self.count.sum())
+        variance = self.square - self.sum.pow(2).sum(-1) / self.count.clamp_min(1)
+        ce = {name: total / max(self.predicted, 1) for name, total in self.ce.items()}
+        per_layer = dict(enumerate(self.subject.layers))
+        used = [i for i in per_layer if self.count[i] > 0]
+        label = self.subject.splice_label
+        if self.subject.scaled and not scale_by_p:
+            label = "reconstruction at the routed layer, unscaled (the authors' splice)"
+        delta, room = ce["spliced"] - ce["clean"], ce["zero"] - ce["clean"]
+        return Evaluation(
+            tokens=n,
+            sequences=len(self.kl_sums),
+            kl=sum(self.kl_sums) / n,
+            kl_stderr=_ratio_stderr(self.kl_sums, self.kl_counts),
+            kl_authors=self.kl_all / len(self.kl_sums),
+            kl_unscaled=self.unscaled / n if self.has_unscaled else None,
+            ce_clean=ce["clean"],
+            ce_spliced=ce["spliced"],
+            ce_zero=ce["zero"],
+            delta_ce=delta,
+            loss_recovered=1 - delta / room if room else float("nan"),
+            norm_mse=(self.ratio.sum() / n).item(),
+            explained_variance=(1 - self.error.sum() / variance.sum()).item(),
+            l0=(self.fired.sum() / n).item(),
+            dead_latents=int((self.fired == 0).sum()),
+            mean_p=self.p / n,
+            entropy=self.entropy / n,
+            layer_share={layer: (self.count[i] / n).item() for i, layer in per_layer.items()},
+            norm_mse_per_layer={per_layer[i]: (self.ratio[i] / self.count[i]).item() for i in used},
+            explained_variance_per_layer={
+                per_layer[i]: (1 - self.error[i] / variance[i]).item() for i in used if variance[i] > 0
+            },
+            splice=label,
+            firing_frequency=(self.fired / n).float(),
+        )
+
+
+def _ratio_stderr(sums: list[float], counts: list[int]) -> float:
+    """Standard error of sum(sums) / sum(counts) over sequences (delta method)."""
+    if len(sums) < 2:
+        return float("nan")
+    s, c = torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64)
+    residual = s - c * (s.sum() / c.sum())
+    return (residual.std() / c.mean() / len(sums) ** 0.5).item()
+
+
+def _cross_entropy(logits: Tensor, tokens: Tensor, keep: Tensor) -> float:
+    """Summed next-token cross-entropy where both the token and the predicted one are kept."""
+    both = keep[:, :-1] & keep[:, 1:]
+    total = 0.0
+    for row, kept in enumerate(both):
+        chosen = logits[row, :-1][kept].float()
+        total += torch.nn.functional.cross_entropy(chosen, tokens[row, 1:][kept], reduction="sum").item()
+    return total

@@ -1,0 +1,142 @@
+"""What is evaluated: a RouteSAE or an ordinary SAE, behind one small interface."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from sae_lens import SAE, TrainingSAE
+from torch import Tensor
+
+from routesae_lens.hook_points import SITES, layer_hook_name, split_layers
+from routesae_lens.saes.route_sae import RouteSAE, inference_form
+from routesae_lens.saes.router import Route, standardize
+from routesae_lens.splice.replace import Hook, splice_hooks
+
+
+@dataclass
+class Reading:
+    """What an SAE makes of one batch of clean activations."""
+
+    route: Route | None
+    layer: Int[Tensor, "batch pos"]
+    x: Float[Tensor, "batch pos d_model"]
+    """The activation that the splice replaces."""
+    original: Float[Tensor, "batch pos d_model"]
+    """What the SAE reconstructs, unscaled; ``x`` standardised, or the mixture of soft routing."""
+
+
+class Subject(Protocol):
+    sae: SAE[Any]
+    point: str
+    layers: list[int]
+    scaled: bool
+    splice_label: str
+
+    def read(self, activation: Tensor, draw: int) -> Reading: ...
+    def autoencode(self, reading: Reading, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents and reconstruction of the kept tokens, the latter comparable with ``reading.original``."""
+        ...
+
+    def splice(self, reading: Reading, keep: Tensor, scale_by_p: bool) -> list[tuple[str, Hook]]: ...
+    def zero(self, reading: Reading, keep: Tensor) -> list[tuple[str, Hook]]: ...
+
+
+def subject_of(sae: SAE[Any], model: Any) -> Subject:
+    if isinstance(sae, TrainingSAE):
+        sae = inference_form(sae)
+    if isinstance(sae, RouteSAE):
+        return _RoutedSubject(sae, model)
+    if isinstance(sae, SAE):
+        return _PlainSubject(sae, model)
+    raise ValueError(f"expected a RouteSAE or a SAELens SAE, got {type(sae).__name__}")
+
+
+class _RoutedSubject:
+    def __init__(self, sae: RouteSAE, model: Any):
+        self.sae, self.model = sae, model
+        self.point, self.layers = sae.mount(model), sae.layers
+        self.scaled = sae.cfg.routing == "hard"
+        self.soft = sae.cfg.routing == "soft"
+        self.splice_label = {
+            "hard": "reconstruction at the routed layer, p undone",
+            "soft": "reconstruction of the mixture's argmax layer, unscaled",
+        }.get(sae.cfg.routing, "reconstruction at the routed layer")
+
+    def read(self, activation: Tensor, draw: int) -> Reading:
+        route = self.sae.route(activation, draw=draw)
+        layers = split_layers(activation, len(self.layers))
+        index = route.layer[..., None, None].expand(*route.layer.shape, 1, layers.shape[-1])
+        x = layers.gather(-2, index).squeeze(-2)
+        return Reading(route, route.layer, x, route.input if self.soft else standardize(x).x)
+
+    def autoencode(self, reading: Reading, keep: Tensor) -> tuple[Tensor, Tensor]:
+        assert reading.route is not None
+        acts = self.sae.encode_routed(reading.route.input[keep])
+        out = self.sae.decode(acts)
+        if self.soft:
+            return acts, out
+        out = out / reading.route.scale[keep][:, None]
+        if not self.sae.cfg.standardize:  # the SAE lives in the model's space; compare standardised
+            stats = standardize(reading.x[keep])
+            out = (out - stats.mean) / stats.std
+        return acts, out
+
+    def splice(self, reading: Reading, keep: Tensor, scale_by_p: bool) -> list[tuple[str, Hook]]:
+        assert reading.route is not None
+        return splice_hooks(self.sae, self.model, reading.route, keep, scale_by_p=scale_by_p)
+
+    def zero(self, reading: Reading, keep: Tensor) -> list[tuple[str, Hook]]:
+        def at(index: int) -> Hook:
+            return lambda x, hook=None: x.masked_fill(((reading.layer == index) & keep)[..., None], 0.0)
+
+        return [
+            (layer_hook_name(self.model, layer, self.sae.cfg.site), at(i))
+            for i, layer in enumerate(self.layers)
+        ]
+
+
+class _PlainSubject:
+    """An ordinary SAELens SAE: one layer, every kept token."""
+
+    scaled = False
+    splice_label = "reconstruction at its hook"
+
+    def __init__(self, sae: SAE[Any], model: Any):
+        self.sae = sae
+        name = sae.cfg.metadata.hook_name
+        if name is None or sae.cfg.metadata.hook_name_out not in (None, name):
+            raise ValueError(f"expected an SAE that reads and writes one hook, got hook_name={name!r}")
+        match = re.search(r"\.(\d+)\.(\w+)$", name)
+        if match and match[2] in SITES:  # the same place under the name this backend knows it by
+            name = layer_hook_name(model, int(match[1]), match[2])
+        if name not in model.hook_dict:
+            raise ValueError(f"the model has no hook {name!r} for this SAE")
+        self.point = name
+        self.layers = [int(layer) for layer in re.findall(r"\.(\d+)", name)[:1]] or [0]
+
+    def read(self, activation: Tensor, draw: int) -> Reading:
+        if activation.ndim != 3 or activation.shape[-1] != self.sae.cfg.d_in:
+            raise ValueError(
+                f"this SAE reads activations of shape batch pos {self.sae.cfg.d_in}; {self.point} has "
+                f"{tuple(activation.shape)}"
+            )
+        layer = torch.zeros(activation.shape[:-1], dtype=torch.long, device=activation.device)
+        return Reading(None, layer, activation, standardize(activation).x)
+
+    def autoencode(self, reading: Reading, keep: Tensor) -> tuple[Tensor, Tensor]:
+        acts = self.sae.encode(reading.x[keep])
+        stats = standardize(reading.x[keep])
+        return acts, (self.sae.decode(acts) - stats.mean) / stats.std
+
+    def splice(self, reading: Reading, keep: Tensor, scale_by_p: bool) -> list[tuple[str, Hook]]:
+        def hook(x: Tensor, hook: Any = None) -> Tensor:
+            return x.index_put((keep,), self.sae.decode(self.sae.encode(x[keep])).to(x.dtype))
+
+        return [(self.point, hook)]
+
+    def zero(self, reading: Reading, keep: Tensor) -> list[tuple[str, Hook]]:
+        return [(self.point, lambda x, hook=None: x.masked_fill(keep[..., None], 0.0))]
