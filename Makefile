@@ -1,6 +1,4 @@
 # Every target makes and uses its own .venv; nothing else on the machine is touched.
-# On Linux without a GPU, the small torch build is enough:
-#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make venv
 
 PYTHON ?= python3
 BIN := .venv/bin

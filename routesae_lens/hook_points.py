@@ -12,9 +12,9 @@ Three backends: ``HookedTransformer`` (and ``HookedSAETransformer``), ``Transfor
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from functools import reduce
-from typing import Any, ClassVar, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial, reduce
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -28,8 +28,6 @@ from transformer_lens.model_bridge import TransformerBridge
 
 SITES = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 """Places in a block that :func:`mount_layers` can read, by their TransformerLens names."""
-
-Put = Callable[[int, Tensor], None]
 
 
 def mount_layers(model: Any, layers: Sequence[int], site: str = "hook_resid_post") -> str:
@@ -119,6 +117,8 @@ def default_layers(n_blocks: int) -> list[int]:
 
 def check_layers(layers: Sequence[int], n_blocks: int | None = None) -> list[int]:
     """``layers`` as a list of ints, or a ValueError that says what is wrong with them."""
+    if not isinstance(layers, Iterable):
+        raise ValueError(f"layers must be a non-empty list of block numbers, got {layers!r}")
     checked = list(layers)
     if not checked or any(isinstance(i, bool) or not isinstance(i, int) for i in checked):
         raise ValueError(f"layers must be a non-empty list of block numbers, got {checked!r}")
@@ -192,6 +192,11 @@ class LayersHookPoint(HookPoint):
             )
         super().add_hook(hook, dir, *args, **kwargs)
 
+    def remove_hooks(self, *args: Any, **kwargs: Any) -> None:
+        super().remove_hooks(*args, **kwargs)
+        if not self.listening:
+            self._parts.clear()  # a forward that stopped early has left its part of the stack
+
     def put(self, index: int, activation: Tensor) -> None:
         """Take the activation of the ``index``-th listed layer."""
         if index == 0:
@@ -207,11 +212,12 @@ class LayersHookPoint(HookPoint):
                 f"{self.name}: only {len(parts)} of {self.n_layers} layers ran before the last one. "
                 "Does the forward start after the first listed layer (start_at_layer)?"
             )
-        stack = torch.cat([parts[i].to(activation.device) for i in range(self.n_layers)], dim=-1)
+        with torch.inference_mode(False):  # inference tensors do not count their in-place edits
+            stack = torch.cat([parts[i].to(activation.device) for i in range(self.n_layers)], dim=-1)
         del parts
-        version = None if stack.is_inference() else stack._version
+        version = stack._version
         out = self(stack)
-        if out is not stack or (version is not None and stack._version != version):
+        if out is not stack or stack._version != version:
             raise RuntimeError(
                 f"{self.name} is read-only: a hook changed its value, which would have no effect on the model. "
                 "Hook the single layers instead, or splice an SAE. (SAELens' stock evaluator does this: "
@@ -226,6 +232,7 @@ class LayersHookPoint(HookPoint):
         self._parts.clear()
 
 
+@runtime_checkable
 class Backend(Protocol):
     """What :func:`mount_layers` and the splice need to know of a kind of model."""
 
@@ -304,23 +311,11 @@ class _Hooked:
         block, path = self.model.blocks[layer], self.site_path(layer, site)
         if site == "hook_resid_post":
             # The block's own output: add_sae, reset_saes and reset_hooks replace or clear HookPoints, never this.
-            yield block.register_forward_hook(lambda _m, _a, out: point.put(index, _tensor(out)))
+            yield block.register_forward_hook(partial(_put_output, point, index))
             return
-        # Inside the block the HookPoint itself must be heard, and whatever stands at its path when the
-        # block runs (an SAE may have taken its place): listen from the block's start to its end only.
-        live: list[RemovableHandle] = []
-
-        def enter(block: nn.Module, _args: Any) -> None:
-            if point.listening:
-                heard: Any = reduce(getattr, path.split("."), block)
-                live.append(heard.register_forward_hook(lambda _m, _a, out: point.put(index, _tensor(out))))
-
-        def leave(*_: Any) -> None:
-            while live:
-                live.pop().remove()
-
-        yield block.register_forward_pre_hook(enter)
-        yield block.register_forward_hook(leave, always_call=True)
+        inside = _TapInside(path, point, index)
+        yield block.register_forward_pre_hook(inside.enter)
+        yield block.register_forward_hook(inside.leave, always_call=True)
 
     def hook_name(self, layer: int, site: str) -> str:
         return f"blocks.{layer}.{self.site_path(layer, site)}"
@@ -358,7 +353,14 @@ class _Proxy:
     MODULES: ClassVar[dict[str, tuple[str, ...]]] = {
         "hook_attn_out": ("self_attn", "attn", "attention", "self_attention"),
         "hook_mlp_out": ("mlp", "feed_forward"),
-        "hook_resid_mid": ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2"),
+        "hook_resid_mid": ("post_attention_layernorm", "ln_2"),
+    }
+    # Families that also normalise what attention and MLP write (Gemma 2, OLMo 2): only the norm's output
+    # is added to the stream, and post_attention_layernorm does not read it.
+    MODULES_WITH_POST_NORMS = {
+        "hook_attn_out": ("post_attention_layernorm",),
+        "hook_mlp_out": ("post_feedforward_layernorm",),
+        "hook_resid_mid": ("pre_feedforward_layernorm",),
     }
 
     def __init__(self, model: HookedProxyLM):
@@ -388,7 +390,7 @@ class _Proxy:
         # run_with_cache reads hook_dict, HookPoint lookups mod_dict, and stop_at_layer hangs its stop
         # hook on named_modules_dict: on the point itself the stop comes when the stack is complete.
         self.model.hook_dict[name] = point
-        self.model.mod_dict[name] = point  # type: ignore[assignment]
+        self.model.mod_dict[name] = point
         self.model.named_modules_dict[name] = point
 
     def unregister(self, name: str) -> None:
@@ -397,27 +399,27 @@ class _Proxy:
 
     def site_module(self, layer: int, site: str) -> tuple[str, nn.Module]:
         block = self.blocks[layer]
-        for name in self.MODULES[site]:
-            if isinstance(getattr(block, name, None), nn.Module):
-                return name, getattr(block, name)
+        post_norms = hasattr(block, "post_feedforward_layernorm")
+        names = (self.MODULES_WITH_POST_NORMS if post_norms else self.MODULES)[site]
+        parallel = getattr(self.model.model.config, "use_parallel_residual", False)
+        if not (parallel and site == "hook_resid_mid"):  # attention and MLP side by side: nothing between
+            for name in names:
+                if isinstance(getattr(block, name, None), nn.Module):
+                    return name, getattr(block, name)
         raise ValueError(
             f"this Hugging Face model has no known module for {site} in block {layer} (looked for "
-            f"{', '.join(self.MODULES[site])}); load it as a TransformerBridge"
+            f"{', '.join(names)}); load it as a TransformerBridge"
         )
 
     def tap(self, layer: int, site: str, point: LayersHookPoint, index: int) -> Iterator[RemovableHandle]:
         if site == "hook_resid_post":
-            yield self.blocks[layer].register_forward_hook(lambda _m, _a, out: point.put(index, _tensor(out)))
+            yield self.blocks[layer].register_forward_hook(partial(_put_output, point, index))
         elif site in ("hook_attn_out", "hook_mlp_out"):
             _, module = self.site_module(layer, site)
-            yield module.register_forward_hook(lambda _m, _a, out: point.put(index, _tensor(out)))
+            yield module.register_forward_hook(partial(_put_output, point, index))
         else:
             reader = self.blocks[layer] if site == "hook_resid_pre" else self.site_module(layer, site)[1]
-
-            def before(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                point.put(index, args[0] if args else kwargs["hidden_states"])
-
-            yield reader.register_forward_pre_hook(before, with_kwargs=True)
+            yield reader.register_forward_pre_hook(partial(_put_input, point, index), with_kwargs=True)
 
     def hook_name(self, layer: int, site: str) -> str:
         if site == "hook_resid_post":
@@ -438,5 +440,35 @@ class _Proxy:
         return name
 
 
-def _tensor(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+# Taps are partials and bound methods, not closures: copy.deepcopy(model) then copies the point with
+# them, where a closure would feed the copy's activations to the original's point.
+
+
+def _put_output(point: LayersHookPoint, index: int, _module: nn.Module, _args: Any, output: Any) -> None:
+    point.put(index, output[0] if isinstance(output, tuple) else output)
+
+
+def _put_input(
+    point: LayersHookPoint, index: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    point.put(index, args[0] if args else kwargs["hidden_states"])
+
+
+class _TapInside:
+    """Hears whatever stands at ``path`` when the block runs (an SAE may have taken the HookPoint's place).
+
+    It listens there from the block's start to its end only, so that nothing is left to be replaced.
+    """
+
+    def __init__(self, path: str, point: LayersHookPoint, index: int):
+        self.path, self.point, self.index = path, point, index
+        self.live: list[RemovableHandle] = []
+
+    def enter(self, block: nn.Module, _args: Any) -> None:
+        if self.point.listening:
+            heard: Any = reduce(getattr, self.path.split("."), block)
+            self.live.append(heard.register_forward_hook(partial(_put_output, self.point, self.index)))
+
+    def leave(self, *_: Any) -> None:
+        while self.live:
+            self.live.pop().remove()

@@ -66,7 +66,7 @@ def evaluate_all(
     """
     if not saes:
         raise ValueError("no SAEs to evaluate")
-    _check_tokens(tokens, model)
+    check_tokens(tokens, model)
     keep_all = kept_tokens(tokens, model, exclude_special_tokens, exclude_first_position)
     if not keep_all.any():
         raise ValueError("every token is special or at position 0: nothing to evaluate")
@@ -149,7 +149,7 @@ class SpliceEvaluator:
 
     def __init__(self, model: Any, tokens: Int[Tensor, "sequence pos"], **options: Any):
         """``options`` go to :func:`evaluate_all`."""
-        _check_tokens(tokens, model)
+        check_tokens(tokens, model)
         self.model, self.tokens = model, tokens
         self.options = {"progress": False, **options}
 
@@ -207,7 +207,8 @@ def _run_hooked(model: Any, tokens: Tensor, hooks: list[tuple[str, Hook]]) -> Te
     return logits
 
 
-def _check_tokens(tokens: Tensor, model: Any) -> None:
+def check_tokens(tokens: Tensor, model: Any) -> None:
+    """Raise a ValueError unless ``tokens`` are ids this model can read, (sequence, pos)."""
     backend_of(model)
     if tokens.ndim != 2 or tokens.is_floating_point() or 0 in tokens.shape or tokens.shape[1] < 2:
         raise ValueError(

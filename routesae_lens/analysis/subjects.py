@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -29,6 +29,7 @@ class Reading:
     """What the SAE reconstructs, unscaled; ``x`` standardised, or the mixture of soft routing."""
 
 
+@runtime_checkable
 class Subject(Protocol):
     sae: SAE[Any]
     point: str
@@ -45,7 +46,7 @@ class Subject(Protocol):
     def zero(self, reading: Reading, keep: Tensor) -> list[tuple[str, Hook]]: ...
 
 
-def subject_of(sae: SAE[Any], model: Any) -> Subject:
+def subject_of(sae: Any, model: Any) -> Subject:
     if isinstance(sae, TrainingSAE):
         sae = inference_form(sae)
     if isinstance(sae, RouteSAE):

@@ -50,6 +50,11 @@ def from_authors_checkpoint(
         raise ValueError(f"give exactly one of k and theta, got k={k}, theta={theta}")
     if theta is not None and theta <= 0:
         raise ValueError(f"theta must be positive, got {theta}")
+    if aggregator not in ("sum", "mean") or routing not in ("hard", "soft"):
+        raise ValueError(
+            "the authors' RouteSAEs have aggregator 'sum' or 'mean' and routing 'hard' or 'soft', "
+            f"got {aggregator!r} and {routing!r}"
+        )
     layers = check_layers(layers)
     state = torch.load(path, map_location="cpu", weights_only=True)
     found = set(state) if isinstance(state, dict) else type(state).__name__

@@ -183,7 +183,7 @@ class Routed(SAE[Any]):
             router = nn.Linear(
                 self.cfg.d_model, self.cfg.n_layers, bias=False, dtype=self.dtype, device=self.device
             )
-            self.W_router = router.weight  # (layer, d_model), Eq. 6
+            self.W_router = nn.Parameter(router.weight.detach())  # (layer, d_model), Eq. 6
             for name in AGGREGATORS[self.cfg.aggregator].parameters:
                 vector = torch.zeros(self.cfg.d_model, dtype=self.dtype, device=self.device)
                 self.register_parameter(name, nn.Parameter(vector))
@@ -246,9 +246,11 @@ class Routed(SAE[Any]):
         routed = self.route(x).input
         out = self.decode(self.encode_routed(routed))
         if self.use_error_term:
-            with torch.no_grad(), _disable_hooks(self):
-                clean = self.decode(self.encode_routed(routed))
-            out = out + self.hook_sae_error(routed - clean)
+            with torch.no_grad():  # the error is a constant for gradients, as in SAELens
+                with _disable_hooks(self):
+                    clean = self.decode(self.encode_routed(routed))
+                error = self.hook_sae_error(routed - clean)
+            out = out + error
         return self.hook_sae_output(out)
 
     @torch.no_grad()
@@ -325,7 +327,11 @@ class RouteTrainingSAE(Routed, TrainingSAE[Any]):
         """SAELens' auxiliary losses, on the scale of the reconstruction loss."""
         if self.cfg.loss == "mse":
             return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)  # type: ignore[safe-super]
-        norm = step_input.sae_in.norm(dim=-1, keepdim=True).detach().clamp_min(1e-6)
+        x = step_input.sae_in
+        if self.cfg.routing == "straight_through":
+            x = x.detach()  # as the target of the reconstruction loss
+        # Otherwise with its gradient: a constant norm would reward the router for shrinking p.
+        norm = x.norm(dim=-1, keepdim=True).clamp_min(1e-6)
         return self._normalized_aux_loss(step_input, feature_acts, hidden_pre, sae_out, norm)
 
     def _normalized_aux_loss(
@@ -349,35 +355,42 @@ class RouteTrainingSAE(Routed, TrainingSAE[Any]):
 
     @torch.no_grad()
     def init_from(self, sae: SAE[Any]) -> None:
-        """Start from the weights of a trained single-layer SAE (or another RouteSAE): copy what both have.
+        """Start from the weights of a trained single-layer SAE (or another RouteSAE).
 
-        The router keeps its own initialisation. Raises ValueError where a shape differs or nothing matches.
+        The router keeps its own initialisation, and so does JumpReLU's threshold where ``sae`` has none.
+        Both decoders' norms count the same afterwards: where ``sae`` measures its latents in units of the
+        decoder norm (``rescale_acts_by_decoder_norm``) and this one does not, the norms are folded.
+
+        Raises:
+            ValueError: a shape or ``apply_b_dec_to_input`` differs, or ``sae`` lacks a parameter.
         """
         ours, theirs = dict(self.named_parameters()), dict(sae.named_parameters())
-        shared = [name for name in theirs if name in ours and not name.startswith(("W_router", "router_"))]
-        missing = {"W_enc", "W_dec", "b_dec"} - set(shared)
-        wrong = [
+        needed = [name for name in ours if not name.startswith(("W_router", "router_"))]
+        wrong = [f"no {name}" for name in needed if name not in theirs and name != "threshold"]
+        shared = [name for name in needed if name in theirs]
+        wrong += [
             f"{name}: {tuple(theirs[name].shape)} into {tuple(ours[name].shape)}"
             for name in shared
             if theirs[name].shape != ours[name].shape
         ]
-        if missing or wrong:
+        if sae.cfg.apply_b_dec_to_input != self.cfg.apply_b_dec_to_input:
+            wrong.append(f"apply_b_dec_to_input: {sae.cfg.apply_b_dec_to_input}")
+        if wrong:
             raise ValueError(
-                f"cannot start {type(self).__name__} from {type(sae).__name__}: "
-                + "; ".join(wrong + [f"no {name}" for name in sorted(missing)])
+                f"cannot start {type(self).__name__} from {type(sae).__name__}: {'; '.join(wrong)}"
             )
         for name in shared:
             ours[name].copy_(theirs[name])
-        if getattr(self.cfg, "rescale_acts_by_decoder_norm", False) and not getattr(
-            sae.cfg, "rescale_acts_by_decoder_norm", False
-        ):
-            # Their latents are not measured in units of the decoder norm, ours are: make both the same.
-            self.fold_W_dec_norm()
+        in_units_of_norm = [
+            getattr(cfg, "rescale_acts_by_decoder_norm", False) for cfg in (self.cfg, sae.cfg)
+        ]
+        if in_units_of_norm == [False, True]:
+            self.fold_and_get_W_dec_norm()
 
 
 def route_metrics(route: Route, layers: Sequence[int]) -> dict[str, Tensor]:
     """Collapse metrics of one batch: mean p of the chosen layer, entropy of probs (nats), share per layer."""
-    probs = route.probs.detach().flatten(0, -2)
+    probs = route.probs.detach().float().flatten(0, -2)
     entropy = torch.special.entr(probs).sum(-1).mean()
     chosen = nn.functional.one_hot(route.layer.flatten(), len(layers)).float().mean(0)
     metrics = {
@@ -438,6 +451,11 @@ class RouteTopKTrainingSAEConfig(RouteTrainingFields, TopKTrainingSAEConfig):
     """Config of :class:`RouteTopKTrainingSAE`: the router's fields, ``relu``, and SAELens' TopK fields."""
 
     relu: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.relu and self.use_sparse_activations:
+            raise ValueError("use_sparse_activations does not go with relu=False")
 
     @classmethod
     def architecture(cls) -> str:

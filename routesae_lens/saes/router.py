@@ -7,6 +7,7 @@ function and give it an entry in :data:`AGGREGATORS` or :data:`ROUTINGS`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -49,7 +50,9 @@ def standardize(x: Float[Tensor, "*batch d_model"]) -> Standardized:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     mean = wide.mean(-1, keepdim=True)
     centered = wide - mean
-    std = centered.std(-1, keepdim=True) + EPS
+    # (the norm rather than torch.std: its gradient at a constant activation is 0, not NaN)
+    norm = torch.linalg.vector_norm(centered, dim=-1, keepdim=True)
+    std = norm / (x.shape[-1] - 1) ** 0.5 + EPS
     return Standardized((centered / std).to(x.dtype), mean.to(x.dtype), std.to(x.dtype))
 
 
@@ -135,11 +138,13 @@ def _straight_through(ctx: RoutingContext) -> Choice:
     # The loss must compare with the *detached* activation (see RouteTrainingSAE).
     probs = ctx.probs()
     p, layer = probs.max(dim=-1)
-    return Choice(probs, layer, 1 + p - p.detach())
+    return Choice(probs, layer, 1 + (p - p.detach()))  # in this order exactly 1
 
 
 def _random(ctx: RoutingContext) -> Choice:
-    layer = uniform_layers(ctx.shape, ctx.n_layers, ctx.seed, ctx.draw, per=ctx.random_per).to(ctx.device)
+    layer = uniform_layers(
+        ctx.shape, ctx.n_layers, ctx.seed, ctx.draw, per=ctx.random_per, device=ctx.device
+    )
     probs = torch.full((*ctx.shape, ctx.n_layers), 1 / ctx.n_layers, device=ctx.device, dtype=ctx.dtype)
     return Choice(probs, layer, torch.ones(ctx.shape, device=ctx.device, dtype=ctx.dtype))
 
@@ -162,16 +167,36 @@ RANDOM_PER = ("token", "batch")
 
 
 def uniform_layers(
-    shape: tuple[int, ...], n_layers: int, seed: int, draw: int = 0, per: str = "token"
+    shape: tuple[int, ...],
+    n_layers: int,
+    seed: int,
+    draw: int = 0,
+    per: str = "token",
+    device: torch.device | None = None,
 ) -> Int[Tensor, "..."]:
     """Layer indices drawn uniformly, a function of (seed, draw, sequence, position) alone.
 
-    The last of ``shape`` is the position. Longer sequences begin with the draws of shorter ones, so
-    both passes of a splice and step-by-step generation see the same layers.
+    The last of ``shape`` is the position. Longer sequences begin with the draws of shorter ones and a
+    sequence draws the same in every batch size, so both passes of a splice and step-by-step generation
+    see the same layers. (A hash instead of a ``torch.Generator``: that also works on every device and
+    under ``torch.compile``.)
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + draw)
-    if per == "batch":
-        return torch.randint(n_layers, (1,), generator=generator).expand(shape)
-    *sequences, positions = shape or (1,)
-    rows = torch.randint(n_layers, (positions, *sequences), generator=generator)  # position-major
-    return rows.movedim(0, -1).reshape(shape)
+    state = _mix(_mix(torch.full((), seed, dtype=torch.int64, device=device)) + draw)
+    if per == "token":
+        *sequences, positions = shape or (1,)
+        sequence = torch.arange(math.prod(sequences), device=device)
+        state = _mix(_mix(state + sequence)[:, None] + torch.arange(positions, device=device))
+    bits = (state >> 32) & 0xFFFFFFFF
+    return (bits % n_layers).reshape(shape if per == "token" else ()).expand(shape)
+
+
+def _mix(z: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """One step of SplitMix64, a bijection of 64-bit integers that scatters neighbours."""
+    z = z + _signed(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> 30 & 0x3FFFFFFFF)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> 27 & 0x1FFFFFFFFF)) * _signed(0x94D049BB133111EB)
+    return z ^ (z >> 31 & 0x1FFFFFFFF)
+
+
+def _signed(bits: int) -> int:
+    return bits - (1 << 64) if bits >= 1 << 63 else bits
