@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -20,9 +21,7 @@ import typer
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from routesae_lens.demo import demo_model_path
-
-OUT = Path(__file__).parents[1] / "routesae_lens" / "data" / "demo_text.parquet"
+from routesae_lens import demo_model_path, demo_text_path
 
 GENRES = (
     "Write a news report about {}.",
@@ -111,7 +110,7 @@ def deduplicated(text: str, seen_lines: set[str], seen_shingles: set[int]) -> st
 
 
 def main(
-    out: Path = OUT,
+    out: Path = demo_text_path(),
     seed: int = 0,
     batch_size: int = 48,
     max_new_tokens: int = 400,
@@ -125,7 +124,8 @@ def main(
     path = demo_model_path()
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    model.to(device).eval()
 
     seen_lines: set[str] = set()
     seen_shingles: set[int] = set()

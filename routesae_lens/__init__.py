@@ -1,0 +1,51 @@
+"""RouteSAE for SAELens and TransformerLens: sparse autoencoders that read several layers.
+
+Importing this package registers its SAE architectures with SAELens. The names below follow the flow:
+model -> multi-layer hook point -> route -> shared SAE -> trainer -> splice -> evaluate.
+"""
+
+from importlib.metadata import version
+
+from routesae_lens.analysis.evaluate import SpliceEvaluator, evaluate, evaluate_all, held_out_tokens
+from routesae_lens.analysis.metrics import Evaluation, kl_per_token
+from routesae_lens.demo import demo_model_path, demo_text_path
+from routesae_lens.hook_points import (
+    backend_of,
+    default_layers,
+    join_layers,
+    mount_layers,
+    mounted_points,
+    split_layers,
+    unmount_layers,
+)
+from routesae_lens.models import load_model
+from routesae_lens.saes.authors import from_authors_checkpoint
+from routesae_lens.saes.route_sae import (
+    ROUTE_ARCHITECTURES,
+    RouteBatchTopKTrainingSAE,
+    RouteBatchTopKTrainingSAEConfig,
+    RouteGatedSAE,
+    RouteGatedSAEConfig,
+    RouteGatedTrainingSAE,
+    RouteGatedTrainingSAEConfig,
+    RouteJumpReLUSAE,
+    RouteJumpReLUSAEConfig,
+    RouteJumpReLUTrainingSAE,
+    RouteJumpReLUTrainingSAEConfig,
+    RouteMatryoshkaBatchTopKTrainingSAE,
+    RouteMatryoshkaBatchTopKTrainingSAEConfig,
+    RouteSAE,
+    RouteStandardSAE,
+    RouteStandardSAEConfig,
+    RouteStandardTrainingSAE,
+    RouteStandardTrainingSAEConfig,
+    RouteTopKSAE,
+    RouteTopKSAEConfig,
+    RouteTopKTrainingSAE,
+    RouteTopKTrainingSAEConfig,
+    RouteTrainingSAE,
+    inference_form,
+)
+from routesae_lens.saes.router import AGGREGATORS, ROUTINGS, Route, standardize
+
+__version__ = version("routesae-lens")

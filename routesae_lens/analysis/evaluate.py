@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
-from sae_lens import SAE, TrainingSAE
+from sae_lens import SAE
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.util import get_special_token_ids
@@ -155,11 +155,11 @@ class SpliceEvaluator:
 
     def __call__(
         self,
-        sae: TrainingSAE[Any] | None = None,
+        sae: Any = None,
         data_provider: Any = None,
         activation_scaler: Any = None,
         *,
-        saes: Mapping[str, TrainingSAE[Any]] | None = None,
+        saes: Mapping[str, Any] | None = None,
         activation_scalers: Mapping[str, Any] | None = None,
         hook_names: Mapping[str, str] | None = None,
     ) -> dict[str, float]:
@@ -188,7 +188,7 @@ def _flat(metrics: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, f
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}/")
         elif isinstance(value, int | float):
-            yield f"{prefix}{name}", value
+            yield f"{prefix}{name}", float(value)
 
 
 def _run_hooked(model: Any, tokens: Tensor, hooks: list[tuple[str, Hook]]) -> Tensor:

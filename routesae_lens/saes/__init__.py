@@ -1,1 +1,3 @@
 """SAEs over several layers, as SAELens architectures. Importing this package registers them."""
+
+from routesae_lens.saes import store as store

@@ -88,8 +88,11 @@ class RouteFields:
     random_per: str = "token"
     route_seed: int = 0
     standardize: bool = True
+    metadata: Any = field(default_factory=SAEMetadata)
 
     def __post_init__(self) -> None:
+        if isinstance(self.metadata, dict):  # as SAEConfig.from_dict hands it over
+            self.metadata = SAEMetadata(**self.metadata)
         super().__post_init__()  # type: ignore[misc]
         cfg: Any = self
         self.layers = check_layers(self.layers)
@@ -123,8 +126,7 @@ class RouteFields:
         k = getattr(cfg, "k", None)
         if k is not None and not 0 < k <= cfg.d_sae:
             raise ValueError(f"k must be between 1 and d_sae = {cfg.d_sae}, got {k}")
-        # (SAEConfig.from_dict passes a plain dict first and sets the metadata afterwards)
-        if isinstance(cfg.metadata, SAEMetadata) and cfg.metadata.hook_name is None:
+        if cfg.metadata.hook_name is None:
             cfg.metadata.hook_name = stack_name(self.layers, self.site)
 
     @property
@@ -143,7 +145,7 @@ class RouteFields:
             default_layers(backend.n_layers) if layers is None else layers, backend.n_layers
         )
         cfg = cls(d_in=len(layers) * backend.d_model, layers=layers, **kwargs)  # type: ignore[call-arg]
-        cfg.metadata.hook_name = stack_name(layers, cfg.site, backend.blocks_path)  # type: ignore[attr-defined]
+        cfg.metadata.hook_name = stack_name(layers, cfg.site, backend.blocks_path)
         return cfg
 
 
@@ -239,7 +241,7 @@ class Routed(SAE[Any]):
 
     def encode_routed(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
         """Latents of what the shared SAE reads, ``Route.input``."""
-        return super().encode(x)  # type: ignore[safe-super]
+        return super().encode(x)
 
     def forward(self, x: Float[Tensor, "*batch stacked"]) -> Float[Tensor, "*batch d_model"]:
         """Reconstruction of the routed input (Eq. 11): standardised and scaled by p as ``route(x).input`` is."""
@@ -326,7 +328,7 @@ class RouteTrainingSAE(Routed, TrainingSAE[Any]):
     ) -> Tensor | dict[str, Tensor]:
         """SAELens' auxiliary losses, on the scale of the reconstruction loss."""
         if self.cfg.loss == "mse":
-            return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)  # type: ignore[safe-super]
+            return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
         x = step_input.sae_in
         if self.cfg.routing == "straight_through":
             x = x.detach()  # as the target of the reconstruction loss
@@ -346,7 +348,7 @@ class RouteTrainingSAE(Routed, TrainingSAE[Any]):
 
         This default serves losses that are homogeneous in the activations: scaling what goes in is enough.
         """
-        return super().calculate_aux_loss(  # type: ignore[safe-super]
+        return super().calculate_aux_loss(
             replace(step_input, sae_in=step_input.sae_in / norm),
             feature_acts if feature_acts.is_sparse else feature_acts / norm,
             hidden_pre / norm,

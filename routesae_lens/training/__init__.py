@@ -1,0 +1,1 @@
+"""Training through SAELens' runner: entry point, data, schedules, checkpoints that resume exactly."""
