@@ -92,7 +92,8 @@ def plot_shares(
     seeds = [r.layer_share for name, r in results.items() if name.startswith("RouteSAE")]
     width = 0.8 / len(seeds)
     for i, share in enumerate(seeds):
-        axes[1].bar([layer + i * width for layer in layers], [share[layer] for layer in layers], width, label=f"seed {i}")
+        x = [layer + (i - (len(seeds) - 1) / 2) * width for layer in layers]
+        axes[1].bar(x, [share[layer] for layer in layers], width, label=f"seed {i}")
     axes[1].axhline(1 / len(layers), color="gray", linestyle="--", label="uniform")
     axes[1].set(title="layer shares on held-out text", xlabel="block", ylabel="share of tokens")
     axes[1].legend()
@@ -144,25 +145,29 @@ def main(
     k: Annotated[int, typer.Option(help="Latents per token.")] = 32,
     lr: Annotated[float, typer.Option(help="Peak learning rate of the 5/75/20 schedule.")] = 1e-3,
     seeds: Annotated[int, typer.Option(help="SAEs per method, all on the same tokens.")] = 1,
+    held_out_documents: Annotated[int, typer.Option(help="Documents kept for the evaluation.")] = 100,
+    resume: Annotated[bool, typer.Option(help="Go on where an earlier run in the same folder stopped.")] = True,
     output: Annotated[Path, typer.Option(help="Folder for SAEs, log, results and plots.")] = Path("runs/quickstart"),
 ) -> None:
     """Train RouteSAE, TopK at 3/4 depth and random routing together, then splice and compare them."""
     console, started = Console(), time.perf_counter()
     lm = rl.load_model(model, backend)
-    blocks = rl.parse_layers(layers) if layers else rl.default_layers(rl.backend_of(lm).n_layers)
-    text = rl.load_text(rl.demo_text_path() if dataset == "demo" else dataset)
-    n_eval = -(-eval_tokens // context_size)
-    train_text, held_out = rl.split_text(text, held_out_tokens=3 * eval_tokens)
+    n_blocks, d_model = rl.backend_of(lm).n_layers, rl.backend_of(lm).d_model
+    blocks = rl.parse_layers(layers) if layers else rl.default_layers(n_blocks)
+    text = rl.load_text(rl.demo_text_path() if dataset == "demo" else dataset).shuffle(seed=0)
     eval_ids = rl.held_out_tokens(
-        lm, (row["text"] for row in held_out), n_sequences=n_eval, context_size=context_size
+        lm,
+        (row["text"] for row in text.take(held_out_documents)),
+        n_sequences=-(-eval_tokens // (context_size - 1)),
+        context_size=context_size,
     )
-    saes = configs(lm, blocks, expansion * rl.backend_of(lm).d_model, k, seeds)
-    console.print(f"{len(saes)} SAEs, blocks {blocks}, width {expansion}x, k {k}, {tokens:,} tokens of {dataset} text")
+    saes = configs(lm, blocks, expansion * d_model, k, seeds)
+    console.print(f"{len(saes)} SAEs, blocks {blocks}, width {expansion * d_model}, k {k}, {tokens:,} training tokens")
 
     run = rl.train(
         lm,
         saes,
-        train_text,
+        text.skip(held_out_documents),
         output=output,
         training_tokens=tokens,
         context_size=context_size,
@@ -170,20 +175,23 @@ def main(
         lr=lr,
         schedule="paper",
         unit_norm_every=10,
-        seed=0,
-        resume="auto",
+        seed={name: int(name.rpartition("seed")[2]) for name in saes},
+        resume=resume,
     )
     trained = time.perf_counter()
     results = rl.evaluate_all(run.saes, lm, eval_ids, unscaled=True)
-    log = pd.read_json(run.log_path, lines=True)
+    log = pd.read_json(run.log, lines=True).dropna(subset=[f"{name}/losses/mse_loss" for name in saes])
     plot_curves(log, list(saes), output / "training_curves.png")
-    plot_shares(log, results, blocks, rl.backend_of(lm).n_layers, output / "layer_shares.png")
+    plot_shares(log, results, blocks, n_blocks, output / "layer_shares.png")
     summary = {
         "results": {name: result.to_dict() for name, result in results.items()},
         "seconds": {"training": trained - started, "evaluation": time.perf_counter() - trained},
-        "run": json.loads(run.config_path.read_text()),
+        "training_tokens": run.tokens,
+        "held_out_documents": held_out_documents,
+        "dataset": dataset,
+        "run": json.loads((output / "run.json").read_text()),
     }
-    rl.write_json(output / "results.json", summary)
+    (output / "results.json").write_text(json.dumps(summary, indent=1))
     console.print(table(results, blocks))
     first = next(iter(results.values()))
     console.print(
