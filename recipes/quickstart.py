@@ -108,7 +108,9 @@ def table(results: dict[str, rl.Evaluation], layers: list[int]) -> Table:
     for method in METHODS:
         out.add_column(method, justify="right")
     for field, label in COLUMNS.items():
-        out.add_row(label, *(_cell([getattr(r, field) for r in _seeds(results, method)]) for method in METHODS))
+        out.add_row(
+            label, *(_cell([getattr(r, field) for r in _seeds(results, method)]) for method in METHODS)
+        )
     for layer in layers:
         out.add_row(
             f"share of block {layer}",
@@ -146,8 +148,12 @@ def main(
     lr: Annotated[float, typer.Option(help="Peak learning rate of the 5/75/20 schedule.")] = 1e-3,
     seeds: Annotated[int, typer.Option(help="SAEs per method, all on the same tokens.")] = 1,
     held_out_documents: Annotated[int, typer.Option(help="Documents kept for the evaluation.")] = 100,
-    resume: Annotated[bool, typer.Option(help="Go on where an earlier run in the same folder stopped.")] = True,
-    output: Annotated[Path, typer.Option(help="Folder for SAEs, log, results and plots.")] = Path("runs/quickstart"),
+    resume: Annotated[
+        bool, typer.Option(help="Go on where an earlier run in the same folder stopped.")
+    ] = True,
+    output: Annotated[Path, typer.Option(help="Folder for SAEs, log, results and plots.")] = Path(
+        "runs/quickstart"
+    ),
 ) -> None:
     """Train RouteSAE, TopK at 3/4 depth and random routing together, then splice and compare them."""
     console, started = Console(), time.perf_counter()
@@ -162,7 +168,9 @@ def main(
         context_size=context_size,
     )
     saes = configs(lm, blocks, expansion * d_model, k, seeds)
-    console.print(f"{len(saes)} SAEs, blocks {blocks}, width {expansion * d_model}, k {k}, {tokens:,} training tokens")
+    console.print(
+        f"{len(saes)} SAEs, blocks {blocks}, width {expansion * d_model}, k {k}, {tokens:,} training tokens"
+    )
 
     run = rl.train(
         lm,

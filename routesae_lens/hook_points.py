@@ -115,6 +115,21 @@ def default_layers(n_blocks: int) -> list[int]:
     return list(range(max(0, n_blocks // 4 - 1), max(1, 3 * n_blocks // 4)))
 
 
+def parse_layers(text: str) -> list[int]:
+    """Block numbers of a text such as ``"6:21"`` (both ends included, as the paper writes it) or ``"3,5,9:11"``.
+
+    Raises:
+        ValueError: the text is of another form, or the blocks are not strictly increasing.
+    """
+    layers: list[int] = []
+    for run in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?::\s*(\d+)\s*)?", run)
+        if match is None:
+            raise ValueError(f"layers must look like '6:21' or '3,5,9:11', got {text!r}")
+        layers.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return check_layers(layers)
+
+
 def check_layers(layers: Sequence[int], n_blocks: int | None = None) -> list[int]:
     """``layers`` as a list of ints, or a ValueError that says what is wrong with them."""
     if not isinstance(layers, Iterable):
@@ -303,7 +318,8 @@ class _Hooked:
 
     def site_path(self, layer: int, site: str) -> str:
         """Path, below the block, of the hook point that stands for ``site``."""
-        if not hasattr(self.model.blocks[layer], site):
+        silent = self.model.cfg.attn_only and site == "hook_mlp_out"  # it has the hook, but never runs it
+        if silent or not hasattr(self.model.blocks[layer], site):
             raise ValueError(f"this model has no {site} in block {layer}")
         return site
 
@@ -327,11 +343,13 @@ class _Bridge(_Hooked):
     def register(self, name: str, point: LayersHookPoint) -> None:
         _, layer, attribute = name.split(".")
         setattr(self.model.blocks[int(layer)], attribute, point)
+        point.name = name  # the block has just named it after the attribute alone; hooks then never fire
         self.model._hook_registry[name] = point
 
     def unregister(self, name: str) -> None:
         _, layer, attribute = name.split(".")
         delattr(self.model.blocks[int(layer)], attribute)
+        self.model.blocks[int(layer)]._hook_registry.pop(attribute, None)
         self.model._hook_registry.pop(name, None)
 
     def site_path(self, layer: int, site: str) -> str:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from sae_lens import SAE, StandardSAE, StandardSAEConfig, TopKSAE
 from sae_lens.saes.sae import SAEMetadata
+from safetensors.torch import load_file
 
 from routesae_lens.hook_points import layer_hook_name, mounted_points, unmount_layers
 from routesae_lens.saes.authors import from_authors_checkpoint
@@ -307,7 +307,7 @@ def test_editing_a_latent_changes_only_what_that_token_writes(model: Any):
         model.run_with_hooks(TOKENS, fwd_hooks=[(name, edit), (out, lambda x, hook: outputs.append(x))])
     difference = outputs[0] - cache[out]
     [route] = model.last_routes.values()
-    mean_std = two_passes_std(model, 2)[batch, pos]
+    mean_std = std_of_layer(model, 2)[batch, pos]
     expected = (
         (3.0 - cache[name][batch, pos, latent]) * sae.W_dec[latent] / route.scale[batch, pos] * mean_std
     )
@@ -316,10 +316,34 @@ def test_editing_a_latent_changes_only_what_that_token_writes(model: Any):
     assert difference.abs().max() == 0
 
 
-def two_passes_std(model: Any, layer: int) -> torch.Tensor:
+def std_of_layer(model: Any, layer: int) -> torch.Tensor:
     name = layer_hook_name(model, layer)
     _, cache = model.run_with_cache(TOKENS, names_filter=name)
     return cache[name].std(-1, keepdim=True) + 1e-6
+
+
+def test_the_error_term_does_not_undo_an_intervention(model: Any):
+    sae = make_sae((2,))
+    name = acts_name(model, sae, 2)
+    outputs = []
+    fired = []
+
+    def ablate(acts: torch.Tensor, hook: Any) -> torch.Tensor:
+        fired.append(acts)
+        return acts * 0
+
+    def catch(x: torch.Tensor, hook: Any) -> None:
+        outputs.append(x)
+
+    _, clean = model.run_with_cache(TOKENS, names_filter=layer_hook_name(model, 2))
+    with model.saes(sae, use_error_term=True):
+        model.run_with_hooks(TOKENS, fwd_hooks=[(name, ablate), (name.replace("acts_post", "output"), catch)])
+    [route] = model.last_routes.values()
+    [latents] = fired
+    lost = latents @ sae.W_dec / route.scale[..., None] * std_of_layer(model, 2)
+    stream = clean[layer_hook_name(model, 2)]
+    assert lost.abs().max() > 0.1
+    torch.testing.assert_close(outputs[0], stream - lost, rtol=1e-4, atol=1e-4)
 
 
 def test_editing_latents_of_tokens_routed_elsewhere_does_nothing(model: Any):
@@ -507,15 +531,14 @@ def test_user_hooks_on_the_stream_are_seen_by_router_and_splice(model: Any):
     below, routed = layer_hook_name(model, 0), layer_hook_name(model, 2)
     for name in (below, routed):
         with model.hooks(fwd_hooks=[(name, steer)]):
-            expected = two_passes_with(model, sae, name, steer)
+            steered = model(TOKENS)
+            expected = two_passes(
+                model, sae
+            ).logits  # the hook that is there comes before those of the splice
             with model.saes(sae):  # the hook on the layer's own HookPoint stays in force
                 torch.testing.assert_close(model(TOKENS), expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(model(TOKENS), steered, rtol=0, atol=0)  # and after the splice is gone
         assert not torch.allclose(expected, model.run_with_saes(TOKENS, saes=sae), atol=1e-2)
-
-
-def two_passes_with(model: Any, sae: RouteSAE, name: str, steer: Any) -> torch.Tensor:
-    """Two passes under the hook that is already on the model (so hooks of the splice come after it)."""
-    return two_passes(model, sae).logits
 
 
 def test_the_model_keeps_its_parameters_and_only_one_pass_is_added(model: Any):
@@ -697,19 +720,28 @@ def test_an_ordinary_sae_can_still_leave_special_tokens_out(
         TOKENS, saes=other, exclude_special_tokens=special, use_error_term=True
     )
     error = cache["blocks.2.hook_resid_post.hook_sae_error"]
-    assert torch.equal(error.abs().sum(-1) == 0, TOKENS == special[0])
+    assert torch.equal(error.abs().sum(-1) == 0, special[0] == TOKENS)
     for attach in (bridge.add_sae, bridge.saes(other, exclude_special_tokens=special).__enter__):
         with pytest.raises(TypeError, match="exclude_special_tokens"):
             attach(*([other, None, special] if attach == bridge.add_sae else []))
     assert bridge.acts_to_saes == {}
 
 
-def test_a_deep_copy_made_while_attached_does_not_run_wrongly(hooked: HookedRouteSAETransformer):
-    hooked.add_sae(make_sae())
-    logits = hooked(TOKENS)
-    with pytest.raises(RuntimeError, match="deep copy"):
-        copy.deepcopy(hooked)(TOKENS)
-    torch.testing.assert_close(hooked(TOKENS), logits, rtol=0, atol=0)
+def test_a_deep_copy_is_a_model_of_its_own(model: Any):
+    sae = make_sae()
+    model.add_sae(sae)
+    logits = model(TOKENS)
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(twin(TOKENS), logits, rtol=0, atol=0)
+    [its_own] = twin.route_saes.values()
+    assert its_own is not sae and twin.acts_to_saes["blocks.1.hook_resid_post"].W_dec is its_own.W_dec
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if "mlp" in name:
+                parameter.zero_()
+    assert not torch.allclose(twin(TOKENS), logits, atol=1e-3)
+    twin.reset_saes()
+    torch.testing.assert_close(model(TOKENS), logits, rtol=0, atol=0)
 
 
 def test_moving_the_model_leaves_the_sae_alone(hooked: HookedRouteSAETransformer):
@@ -733,8 +765,18 @@ def test_both_classes_can_be_made_directly(tiny_llama_dir: Any, tiny_hooked: Any
     turned = HookedRouteSAETransformer.from_model(tiny_hooked)
     torch.testing.assert_close(turned.run_with_saes(TOKENS, saes=sae), expected, rtol=0, atol=0)
     assert set(turned.hook_dict) == set(made.hook_dict)
-    with pytest.raises(TypeError, match="expected a HookedTransformer"):
-        HookedRouteSAETransformer.from_model(booted)  # type: ignore[arg-type]
+    assert turned.blocks[0].mlp.hook_in.name == "blocks.0.mlp.hook_in"
+    cached = turned.run_with_cache(TOKENS, names_filter="blocks.0.mlp.hook_in")[1]
+    assert cached["blocks.0.mlp.hook_in"].shape == (*TOKENS.shape, D_MODEL)
+
+
+def test_a_model_of_another_class_is_not_turned_into_ours(tiny_hooked: Any, tiny_bridge: Any):
+    for model, ours in ((tiny_hooked, HookedRouteSAETransformer), (tiny_bridge, RouteSAETransformerBridge)):
+        own = type("Own", (type(model),), {})
+        model.__class__ = own
+        with pytest.raises(TypeError, match="got Own"):
+            ours.from_model(model)
+        assert type(model) is own
 
 
 # --- Forward's arguments and generation --------------------------------------------------------------

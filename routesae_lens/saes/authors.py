@@ -62,6 +62,7 @@ def from_authors_checkpoint(
         raise ValueError(
             f"{path} is no RouteSAE checkpoint: expected the tensors {sorted(_KEYS)}, found {found}"
         )
+    _check_shapes(path, state)
     n_layers, d_model = state["router.weight"].shape
     if n_layers != len(layers):
         raise ValueError(f"{path} routes {n_layers} layers, but layers lists {len(layers)}: {layers}")
@@ -96,3 +97,21 @@ def from_authors_checkpoint(
         weights["threshold"] = torch.full_like(weights["b_enc"], theta)
     sae.load_state_dict(weights)
     return sae
+
+
+def _check_shapes(path: str | Path, state: dict[str, Any]) -> None:
+    shapes = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
+    d_sae, d_model = (shapes["sae.encoder.weight"] + (0, 0))[:2]
+    n_layers = (shapes["router.weight"] + (0,))[0]
+    expected = {
+        "router.weight": (n_layers, d_model),
+        "sae.encoder.weight": (d_sae, d_model),
+        "sae.decoder.weight": (d_model, d_sae),
+        "sae.pre_bias": (d_model,),
+        "sae.latent_bias": (d_sae,),
+    }
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise ValueError(
+                f"{path} is no RouteSAE checkpoint: {name} should have the shape {shape}, has {shapes[name]}"
+            )

@@ -142,9 +142,7 @@ def _straight_through(ctx: RoutingContext) -> Choice:
 
 
 def _random(ctx: RoutingContext) -> Choice:
-    layer = uniform_layers(
-        ctx.shape, ctx.n_layers, ctx.seed, ctx.draw, per=ctx.random_per, device=ctx.device
-    )
+    layer = uniform_layers(ctx.shape, ctx.n_layers, ctx.seed, ctx.draw, per=ctx.random_per, device=ctx.device)
     probs = torch.full((*ctx.shape, ctx.n_layers), 1 / ctx.n_layers, device=ctx.device, dtype=ctx.dtype)
     return Choice(probs, layer, torch.ones(ctx.shape, device=ctx.device, dtype=ctx.dtype))
 

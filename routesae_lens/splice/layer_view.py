@@ -47,7 +47,9 @@ class RoutedHookPoint(HookPoint):
 
     def __call__(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
         here = self.rows.here
-        if here is None or not (self._forward_hooks or self._backward_hooks):
+        if here is None:
+            return super().__call__(x)
+        if not (self._forward_hooks or self._backward_hooks):
             return x
         full = x.new_zeros((*here.shape, x.shape[-1])).index_put((here,), x)
         return super().__call__(full)[here]

@@ -44,6 +44,14 @@ class TextPosition(NamedTuple):
     """CRC-32 of these token batches, to tell whether a resumed run is given the same text."""
 
 
+class ActivationsNotFinite(FloatingPointError):
+    """NaN or infinity at a hook."""
+
+    def __init__(self, message: str, hook: str):
+        super().__init__(message)
+        self.hook = hook
+
+
 class MixingBuffer(Iterator[dict[str, Tensor]]):
     """Endless batches of activations ``{hook name: (batch_size, d_in)}``, shuffled over ``buffer_size`` tokens.
 
@@ -73,7 +81,9 @@ class MixingBuffer(Iterator[dict[str, Tensor]]):
         seed: int = 0,
     ):
         if buffer_size < batch_size:
-            raise ValueError(f"the buffer ({buffer_size} tokens) must hold at least one batch ({batch_size} tokens)")
+            raise ValueError(
+                f"the buffer ({buffer_size} tokens) must hold at least one batch ({batch_size} tokens)"
+            )
         if not 0 <= mix_fraction <= 1:
             raise ValueError(f"mix_fraction must be between 0 and 1, got {mix_fraction}")
         self.store, self.hook_names = store, list(hook_names)
@@ -116,7 +126,9 @@ class MixingBuffer(Iterator[dict[str, Tensor]]):
             if count >= self.buffer_size:
                 break
         self._rows = Rows(torch.cat([p.acts for p in parts]), torch.cat([p.origin for p in parts]))
-        self._order = torch.randperm(count, generator=self._generator) if self.mix_fraction else torch.arange(count)
+        self._order = (
+            torch.randperm(count, generator=self._generator) if self.mix_fraction else torch.arange(count)
+        )
         keep = int(self.buffer_size * self.mix_fraction)
         self._left = max(1, (count - keep) // self.batch_size)
 
@@ -143,7 +155,7 @@ class MixingBuffer(Iterator[dict[str, Tensor]]):
         """Activations of the kept tokens of one forward, all hooks side by side.
 
         Raises:
-            FloatingPointError: NaN or infinity, naming the hook and the token batch.
+            ActivationsNotFinite: naming the hook and the token batch.
         """
         store = self.store
         by_hook = store.get_multi_hook_activations(tokens)
@@ -155,9 +167,10 @@ class MixingBuffer(Iterator[dict[str, Tensor]]):
             acts = by_hook[hook].to(store.device).flatten(0, 1)[keep]
             if not torch.isfinite(acts).all():
                 bad = int((~torch.isfinite(acts)).any(dim=1).sum())
-                raise FloatingPointError(
+                raise ActivationsNotFinite(
                     f"activations at {hook} are NaN or infinite for {bad} of {len(acts)} tokens, in token batch "
-                    f"{batch} of epoch {self.position.epoch + 1}"
+                    f"{batch} of epoch {self.position.epoch + 1}",
+                    hook,
                 )
             parts.append(acts)
         self._widths = [part.shape[1] for part in parts]
@@ -211,7 +224,9 @@ class MixingBuffer(Iterator[dict[str, Tensor]]):
         acts: Tensor | None = None
         checksum = 0
         n_read = max([position.batch, *(batch + 1 for batch in needed)])
-        bar = tqdm(range(n_read), desc="skipping to the checkpoint", unit="batch", disable=not progress, leave=False)
+        bar = tqdm(
+            range(n_read), desc="skipping to the checkpoint", unit="batch", disable=not progress, leave=False
+        )
         for batch in bar:
             tokens = self._replayed_tokens(batch, position)
             if batch < position.batch:

@@ -51,7 +51,9 @@ class CheckpointState:
                 parts[part][key] = tensor
             return cls(state["step"], state["log_size"], state["config"], parts["data"], parts["rng"])
         except Exception as error:
-            raise ValueError(f"{folder} is no readable checkpoint: {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"{folder} is no readable checkpoint: {type(error).__name__}: {error}"
+            ) from error
 
     def check_same(self, config: dict[str, Any]) -> None:
         """Raises ValueError that lists every setting in which ``config`` differs from the checkpoint's."""
@@ -59,7 +61,7 @@ class CheckpointState:
         different = [
             f"{key}: checkpoint {theirs.get(key, 'has none')!r}, now {ours.get(key, 'none')!r}"
             for key in sorted(ours.keys() | theirs.keys())
-            if not _same(ours.get(key), theirs.get(key))
+            if not _same(key, ours.get(key), theirs.get(key))
         ]
         if different:
             raise ValueError("the checkpoint belongs to another run:\n  " + "\n  ".join(different))
@@ -72,9 +74,11 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, float) and isinstance(b, float):
-        return abs(a - b) <= 1e-3 * max(abs(a), abs(b))  # the probe's rounding differs between machines
+def _same(key: str, a: Any, b: Any) -> bool:
+    if key.startswith("probe.") and isinstance(a, float) and isinstance(b, float):
+        return abs(a - b) <= 0.01 * max(
+            abs(a), abs(b)
+        )  # measured, so it may differ a little between machines
     return a == b
 
 

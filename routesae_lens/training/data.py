@@ -13,6 +13,8 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_f
 from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 
+from routesae_lens.demo import DEMO_MODEL, demo_text_path
+
 TOKEN_COLUMNS = ("tokens", "input_ids")
 TEXT_COLUMNS = ("text", "problem")
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
@@ -33,8 +35,8 @@ def load_text(
 
     Args:
         source: a .parquet, .jsonl, .json or .txt file (paragraphs of a .txt, separated by empty lines, are
-            documents); a folder of such files, or one written by ``save_to_disk``; a hub name; or a
-            dataset, which is only checked.
+            documents); a folder of such files, or one written by ``save_to_disk``; a hub name; "demo" for
+            the text that ships with this package; or a dataset, which is only checked.
         split: split of a hub dataset or of a saved DatasetDict.
         streaming: read lazily; by default for the hub only.
         text_column: the column that holds the text, where it is called neither "text" nor "problem".
@@ -50,7 +52,8 @@ def load_text(
     if isinstance(source, (Dataset, IterableDataset)):
         dataset, where = source, "the dataset"
     elif isinstance(source, (str, Path)):
-        dataset, where = _read(source, split, streaming), str(source)
+        path = demo_text_path() if source == DEMO_MODEL else source
+        dataset, where = _read(path, split, streaming), str(path)
     else:
         raise TypeError(
             f"expected a datasets.Dataset or IterableDataset, a path or a hub name, got {type(source).__name__}"
@@ -103,7 +106,9 @@ def _read_folder(path: Path, split: str, streaming: bool) -> Dataset | IterableD
     for suffix in FORMATS:
         if files := sorted(path.glob(f"*{suffix}")):
             return _read_files(files, streaming)
-    raise ValueError(f"{path} is neither a dataset saved with save_to_disk nor a folder of {', '.join(FORMATS)}")
+    raise ValueError(
+        f"{path} is neither a dataset saved with save_to_disk nor a folder of {', '.join(FORMATS)}"
+    )
 
 
 def _read_files(files: list[Path], streaming: bool) -> Dataset | IterableDataset:
@@ -157,9 +162,11 @@ def measure(store: ActivationsStore, training_tokens: int) -> DataSize:
             break
     documents = store.n_dataset_processed + (not exhausted)
     # (put back even at the end of the data: SAELens starts the next epoch when this runs out)
-    store.iterable_sequences = chain(taken, store.iterable_sequences)  # type: ignore[assignment]
+    store.iterable_sequences = chain(taken, store.iterable_sequences)
     if not taken:
-        raise ValueError(f"the data ({documents} rows) does not fill one context of {store.context_size} tokens")
+        raise ValueError(
+            f"the data ({documents} rows) does not fill one context of {store.context_size} tokens"
+        )
     if usable < batch:
         raise ValueError(
             f"the data holds {usable} tokens to train on ({len(taken)} full contexts of {store.context_size} "

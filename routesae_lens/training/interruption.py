@@ -48,4 +48,6 @@ class Interruption:
             raise KeyboardInterrupt(f"second signal ({signal.Signals(number).name})")
         self.requested = signal.Signals(number).name
         # os.write, because print may not be called while a print is interrupted
-        os.write(2, f"\n{self.requested}: saving a checkpoint after this step (again: stop at once)\n".encode())
+        os.write(
+            2, f"\n{self.requested}: saving a checkpoint after this step (again: stop at once)\n".encode()
+        )

@@ -1,0 +1,324 @@
+"""``routesae-lens``: the command line. Heavy libraries are imported by the commands, so that help is quick."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="RouteSAE: train and measure multi-layer sparse autoencoders with SAELens and TransformerLens.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def main() -> None:
+    """RouteSAE: train and measure multi-layer sparse autoencoders with SAELens and TransformerLens."""
+
+
+@contextmanager
+def one_line_errors(debug: bool) -> Iterator[None]:
+    """Mistakes of the user end in one clear message and exit code 2, failed computations in code 1."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except FloatingPointError as error:
+        code, shown = 1, error
+    except (ValueError, TypeError, OSError, DatasetsError) as error:
+        code, shown = 2, error  # type: ignore[assignment]
+    else:
+        return
+    if debug:
+        raise shown
+    notes = "".join(f"\n  {note}" for note in getattr(shown, "__notes__", []))
+    typer.secho(f"Error: {shown}{notes}", fg="red", err=True)
+    raise typer.Exit(code)
+
+
+MODEL, SAE, DATA, RUN = "The language model", "The SAE", "The data", "The run"
+"""Headings of the help page."""
+
+
+@app.command()
+def train(
+    output: Annotated[Path, typer.Option(help="Folder for the SAE, its log and its checkpoints.")],
+    dataset: Annotated[
+        str,
+        typer.Option(
+            help='A .parquet, .jsonl, .json or .txt file, a folder, a hub name (text or token ids), or "demo".',
+            rich_help_panel=DATA,
+        ),
+    ] = "demo",
+    model: Annotated[
+        str,
+        typer.Option(
+            help='Hugging Face name, local folder, TransformerLens name (backend hooked), or "demo".',
+            rich_help_panel=MODEL,
+        ),
+    ] = "demo",
+    backend: Annotated[
+        str, typer.Option(help="huggingface, bridge or hooked.", rich_help_panel=MODEL)
+    ] = "huggingface",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.", rich_help_panel=MODEL)
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the model's weights.", rich_help_panel=MODEL)] = "float32",
+    architecture: Annotated[
+        str,
+        typer.Option(
+            help="route_topk, route_batchtopk, route_matryoshka_batchtopk, route_jumprelu, route_gated or "
+            "route_standard.",
+            rich_help_panel=SAE,
+        ),
+    ] = "route_topk",
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help='Routed blocks: "6:21" (both included) or "6,7,9:11"; 1/4 to 3/4 of depth by default.',
+            rich_help_panel=SAE,
+        ),
+    ] = None,
+    site: Annotated[
+        str, typer.Option(help="Which activation of a block is read.", rich_help_panel=SAE)
+    ] = "hook_resid_post",
+    d_sae: Annotated[
+        int | None, typer.Option(help="Number of latents; 8 x d_model by default.", rich_help_panel=SAE)
+    ] = None,
+    k: Annotated[
+        int, typer.Option(help="Latents per token, for architectures that have k.", rich_help_panel=SAE)
+    ] = 32,
+    routing: Annotated[
+        str,
+        typer.Option(help="hard, soft, random, fixed or straight_through.", rich_help_panel=SAE),
+    ] = "hard",
+    fixed_layer: Annotated[
+        int | None, typer.Option(help="The block of routing fixed.", rich_help_panel=SAE)
+    ] = None,
+    aggregator: Annotated[
+        str, typer.Option(help="Router input: sum, mean or attention.", rich_help_panel=SAE)
+    ] = "sum",
+    loss: Annotated[str, typer.Option(help="normalized_mse or mse.", rich_help_panel=SAE)] = "normalized_mse",
+    sae_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Any other field of the SAE's config, for instance relu=false or l1_coefficient=5. Repeatable.",
+            metavar="NAME=VALUE",
+            rich_help_panel=SAE,
+        ),
+    ] = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(help="Start from the weights of this trained SAE (folder).", rich_help_panel=SAE),
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="Split of a hub dataset or saved DatasetDict.", rich_help_panel=DATA)
+    ] = "train",
+    text_column: Annotated[
+        str | None,
+        typer.Option(help="Column with the text; text or problem by default.", rich_help_panel=DATA),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(help="Training tokens, rounded down to whole batches.", rich_help_panel=DATA)
+    ] = 1_000_000,
+    context_size: Annotated[int, typer.Option(help="Tokens per sequence.", rich_help_panel=DATA)] = 512,
+    batch_size: Annotated[int, typer.Option(help="Tokens per training step.", rich_help_panel=DATA)] = 4096,
+    lm_batch_size: Annotated[
+        int | None,
+        typer.Option(help="Sequences per forward of the model; one batch by default.", rich_help_panel=DATA),
+    ] = None,
+    buffer_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens shuffled together; four training batches by default.", rich_help_panel=DATA
+        ),
+    ] = None,
+    prefetch: Annotated[
+        int, typer.Option(help="Batches prepared ahead in a background thread.", rich_help_panel=DATA)
+    ] = 0,
+    exclude_special_tokens: Annotated[
+        bool, typer.Option(help="Train on no special tokens.", rich_help_panel=DATA)
+    ] = True,
+    exclude_first_position: Annotated[
+        bool, typer.Option(help="Train on no token at position 0.", rich_help_panel=DATA)
+    ] = True,
+    lr: Annotated[float, typer.Option(help="Learning rate of Adam.", rich_help_panel=RUN)] = 5e-4,
+    schedule: Annotated[
+        str,
+        typer.Option(help="paper (5 % warm-up, 75 % constant, 20 % decay) or constant.", rich_help_panel=RUN),
+    ] = "paper",
+    unit_norm_every: Annotated[
+        int,
+        typer.Option(
+            help="Set decoder norms to 1 every so many steps (the authors: 10); 0: never.",
+            rich_help_panel=RUN,
+        ),
+    ] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of weights, shuffling and random routes.", rich_help_panel=RUN)
+    ] = 0,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the last checkpoint in the output folder.", rich_help_panel=RUN)
+    ] = False,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps between checkpoints; a tenth of the run by default, 0: only when interrupted.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    save_buffer: Annotated[
+        bool | None,
+        typer.Option(
+            help="Whether checkpoints hold the activation buffer; by default where it is under 2 GB.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    log_every: Annotated[
+        int | None,
+        typer.Option(help="Steps between lines of log.jsonl; 200 lines by default.", rich_help_panel=RUN),
+    ] = None,
+    eval_dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Held-out text to evaluate on (like --dataset); none by default.", rich_help_panel=RUN
+        ),
+    ] = None,
+    eval_every: Annotated[
+        int | None,
+        typer.Option(help="Steps between evaluations; a fifth of the run by default.", rich_help_panel=RUN),
+    ] = None,
+    eval_sequences: Annotated[
+        int, typer.Option(help="Sequences of context_size tokens per evaluation.", rich_help_panel=RUN)
+    ] = 16,
+    wandb_project: Annotated[
+        str | None, typer.Option(help="Also log to this Weights & Biases project.", rich_help_panel=RUN)
+    ] = None,
+    wandb_entity: Annotated[
+        str | None, typer.Option(help="Weights & Biases user or team.", rich_help_panel=RUN)
+    ] = None,
+    run_name: Annotated[
+        str | None, typer.Option(help="Name of the run on Weights & Biases.", rich_help_panel=RUN)
+    ] = None,
+    debug: Annotated[bool, typer.Option(help="Show the traceback of errors.", rich_help_panel=RUN)] = False,
+) -> None:
+    """Train a RouteSAE. Ctrl-C or SIGTERM leaves a checkpoint, from which --resume goes on."""
+    options = _parse_options(sae_option or [])
+    from routesae_lens.analysis.evaluate import SpliceEvaluator, held_out_tokens
+    from routesae_lens.hook_points import parse_layers
+    from routesae_lens.models import load_model
+    from routesae_lens.training.data import load_text
+    from routesae_lens.training.interruption import TrainingInterrupted
+    from routesae_lens.training.preflight import check_output
+    from routesae_lens.training.train import train as run
+
+    with one_line_errors(debug):
+        blocks = None if layers is None else parse_layers(layers)
+        options = {
+            "site": site,
+            "routing": routing,
+            "fixed_layer": fixed_layer,
+            "aggregator": aggregator,
+            "loss": loss,
+        } | options
+        check_output(output, [architecture], resume)
+        text = load_text(dataset, split=split, text_column=text_column)
+        held_out = (
+            None if eval_dataset is None else load_text(eval_dataset, split=split, text_column=text_column)
+        )
+        loaded = load_model(model, backend=backend, device=device, dtype=dtype)
+        config = _config(architecture, loaded, blocks, d_sae, k, options)
+        evaluator = None
+        if held_out is not None:
+            texts = (row.get("text") or row.get("problem") for row in held_out)
+            sequences = held_out_tokens(loaded, texts, n_sequences=eval_sequences, context_size=context_size)
+            evaluator = SpliceEvaluator(loaded, sequences)
+        try:
+            result = run(
+                loaded,
+                config,
+                text,
+                output=output,
+                training_tokens=tokens,
+                context_size=context_size,
+                batch_size=batch_size,
+                lm_batch_size=lm_batch_size,
+                buffer_tokens=buffer_tokens,
+                lr=lr,
+                schedule=schedule,
+                unit_norm_every=unit_norm_every,
+                seed=seed,
+                exclude_special_tokens=exclude_special_tokens,
+                exclude_first_position=exclude_first_position,
+                evaluator=evaluator,
+                eval_every=eval_every,
+                log_every=log_every,
+                checkpoint_every=checkpoint_every,
+                save_buffer=save_buffer,
+                resume=resume,
+                init_from=init_from,
+                prefetch=prefetch,
+                wandb_project=wandb_project,
+                wandb_entity=wandb_entity,
+                run_name=run_name,
+            )
+        except TrainingInterrupted as stop:
+            again = [arg for arg in sys.argv[1:] if arg != "--resume"]
+            typer.echo(f"{stop}; checkpoint: {stop.checkpoint}\nGo on with:", err=True)
+            typer.echo(f"  {shlex.join(['routesae-lens', *again, '--resume'])}", err=True)
+            raise typer.Exit(130) from None
+    typer.echo(
+        f"{result.paths[architecture]}: {result.steps} steps, {result.tokens} tokens; log: {result.log}"
+    )
+
+
+def _parse_options(pairs: list[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"--sae-option {pair!r}: expected NAME=VALUE")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value  # a plain word
+    return options
+
+
+def _config(
+    architecture: str,
+    model: Any,
+    layers: list[int] | None,
+    d_sae: int | None,
+    k: int,
+    options: dict[str, Any],
+) -> Any:
+    from dataclasses import fields
+
+    from routesae_lens.hook_points import backend_of
+    from routesae_lens.saes.route_sae import ROUTE_ARCHITECTURES
+
+    if architecture not in ROUTE_ARCHITECTURES:
+        raise ValueError(f"unknown architecture {architecture!r}; known: {', '.join(ROUTE_ARCHITECTURES)}")
+    config = ROUTE_ARCHITECTURES[architecture]
+    known = {field.name: field for field in fields(config)}
+    unknown = set(options) - known.keys()
+    if unknown:
+        raise ValueError(
+            f"{architecture} has no option {', '.join(sorted(unknown))}; it has: {', '.join(sorted(known))}"
+        )
+    d_sae = d_sae or 8 * backend_of(model).d_model
+    if "k" in known:
+        options = {"k": float(k) if known["k"].type == "float" else k} | options
+    if "matryoshka_widths" in known:
+        options = {"matryoshka_widths": [d_sae // 8, d_sae // 4, d_sae // 2, d_sae]} | options
+    return config.for_model(model, layers=layers, d_sae=d_sae, **options)

@@ -1,0 +1,95 @@
+"""Refusing what cannot work before anything long starts."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sae_lens.load_model import HookedProxyLM
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
+
+from routesae_lens.training.record import RUN_FILE, read_record
+from routesae_lens.training.runner import CHECKPOINTS, LOG
+from routesae_lens.training.schedules import SCHEDULES
+
+
+def checked_configs(configs: Any) -> dict[str, TrainingSAEConfig]:
+    if isinstance(configs, TrainingSAEConfig):
+        configs = {configs.architecture(): configs}
+    if not isinstance(configs, Mapping) or not configs:
+        raise TypeError(f"expected a training config or a dict of them, got {configs!r}")
+    for name, cfg in configs.items():
+        if not isinstance(cfg, TrainingSAEConfig):
+            raise TypeError(
+                f"SAE {name!r}: expected a training config (...TrainingSAEConfig), got {type(cfg).__name__}"
+            )
+        if (
+            not name
+            or Path(name).name != name
+            or name.startswith(".")
+            or name in (CHECKPOINTS, LOG, RUN_FILE)
+        ):
+            raise ValueError(f"{name!r} cannot be the name of an SAE: it becomes a folder")
+    return copy.deepcopy(dict(configs))  # SAELens writes into their metadata
+
+
+def check_numbers(
+    training_tokens: int,
+    batch_size: int,
+    context_size: int,
+    buffer_tokens: int | None,
+    lr: float,
+    schedule: str,
+    context_limit: int | None,
+) -> None:
+    if batch_size < 1 or context_size < 2 or lr <= 0:
+        raise ValueError(
+            "batch_size must be 1 or more, context_size 2 or more and lr positive; "
+            f"got {batch_size}, {context_size}, {lr}"
+        )
+    if training_tokens < batch_size:
+        raise ValueError(f"training_tokens = {training_tokens} is less than one batch of {batch_size} tokens")
+    if buffer_tokens is not None and buffer_tokens < 2 * batch_size:
+        raise ValueError(
+            f"the buffer ({buffer_tokens} tokens) must hold at least two training batches of {batch_size} tokens"
+        )
+    if context_limit is not None and context_size > context_limit:
+        raise ValueError(f"context_size = {context_size}, but the model reads at most {context_limit} tokens")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")
+
+
+def check_output(output: Path, names: Iterable[str], resume: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"{output} is a file; expected a folder")
+    there = [name for name in (RUN_FILE, LOG, CHECKPOINTS, *names) if (output / name).exists()]
+    if there and not resume:
+        raise FileExistsError(
+            f"{output} already holds a run ({', '.join(there)}): resume it, or choose another folder"
+        )
+    if resume and read_record(output).get("status") == "finished":
+        raise FileExistsError(f"the run in {output} is finished; there is nothing to resume")
+
+
+def check_space(output: Path, saes: Mapping[str, TrainingSAE[Any]], buffer_bytes: int) -> None:
+    weights = sum(tensor.nbytes for sae in saes.values() for tensor in sae.state_dict().values())
+    # a checkpoint: weights, Adam's two moments, buffer; two are kept while a third is written; then the SAEs
+    needed = 3 * (3 * weights + buffer_bytes) + weights
+    existing = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise OSError(
+            f"not enough disk space at {existing}: SAEs and checkpoints need about {needed / 1e9:.2f} GB "
+            f"({3 * buffer_bytes / 1e9:.2f} GB of it activation buffers, which save_buffer=False leaves out), "
+            f"{free / 1e9:.2f} GB are free"
+        )
+
+
+def context_limit(model: Any) -> int | None:
+    config = getattr(getattr(model, "model", None), "config", None)
+    if isinstance(model, HookedProxyLM):
+        return getattr(config, "max_position_embeddings", None)
+    return getattr(model.cfg, "n_ctx", None)

@@ -1,0 +1,61 @@
+"""``run.json``: what a run was made of, for people and for resuming."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
+
+from routesae_lens.training.runner import RunOptions
+
+RUN_FILE = "run.json"
+
+
+def identity(
+    cfg: MultiSAETrainingRunnerConfig, options: RunOptions, seeds: dict[str, int], n_layers: int
+) -> dict[str, Any]:
+    """Everything that decides the weights: a checkpoint of a run with another identity is refused."""
+    fields = (
+        "context_size", "training_tokens", "train_batch_size_tokens", "seqpos_slice", "exclude_special_tokens",
+        "prepend_bos", "disable_concat_sequences", "sequence_separator_token", "activations_mixing_fraction",
+        "adam_beta1", "adam_beta2", "lr", "autocast", "autocast_lm", "dead_feature_window", "feature_sampling_window",
+    )  # fmt: skip
+    saes = {
+        name: {k: v for k, v in sae.to_dict().items() if k not in ("metadata", "device")}
+        for name, sae in cfg.saes.items()
+    }
+    ours = ("schedule", "unit_norm_every", "buffer_tokens")
+    return {
+        "saes": saes,
+        "hooks": cfg.hook_names_per_sae,
+        "seeds": seeds,
+        "model_layers": n_layers,
+        **{name: getattr(cfg, name) for name in fields},
+        **{name: getattr(options, name) for name in ours},
+    }
+
+
+def record(cfg: MultiSAETrainingRunnerConfig, options: RunOptions, seeds: dict[str, int]) -> dict[str, Any]:
+    packages = ("routesae-lens", "sae-lens", "transformer-lens", "torch", "transformers", "datasets")
+    return {
+        "config": json.loads(json.dumps(cfg.to_dict(), default=str)),
+        "options": json.loads(json.dumps(vars(options), default=str)),
+        "seeds": seeds,
+        "wandb_id": cfg.logger.wandb_id,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
+
+
+def write_record(output: Path, record: dict[str, Any]) -> None:
+    partial = output / f".{RUN_FILE}"
+    partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    partial.replace(output / RUN_FILE)
+
+
+def read_record(output: Path) -> dict[str, Any]:
+    path = output / RUN_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -1,0 +1,236 @@
+"""SAELens' multi-SAE runner with checkpoints that resume exactly. A single SAE is a dict of one."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import wandb
+from sae_lens import logger as sae_lens_logger
+from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+
+from routesae_lens.training.buffer import MixingBuffer
+from routesae_lens.training.checkpoint import Checkpoints, CheckpointState, restore_rng
+from routesae_lens.training.data import measure
+from routesae_lens.training.log import TrainingLog
+from routesae_lens.training.schedules import Schedule
+from routesae_lens.training.trainer import Evaluator, Monitor, MonitoredTrainer
+
+CHECKPOINTS, LOG = "checkpoints", "log.jsonl"
+
+
+@dataclass(kw_only=True)
+class RunOptions:
+    """What this package adds to SAELens' config. Intervals are in steps; 0 means never.
+
+    Args:
+        output: folder of the run.
+        schedule: learning-rate schedule, see ``schedules.SCHEDULES``.
+        unit_norm_every: set decoder norms to 1 before training, after steps 1, 1 + n, 1 + 2n ... and the last.
+        log_every: a line of ``log.jsonl``.
+        eval_every: call the evaluator (and at the end).
+        checkpoint_every: a checkpoint; interruptions make one in any case.
+        buffer_tokens: tokens that are shuffled together.
+        save_buffer: whether checkpoints hold the activation buffer. None: where it is under
+            ``save_buffer_limit`` bytes. Without it, resuming computes the missing activations again.
+        seed: of the shuffling and of torch's global generators.
+        resume: continue from the last checkpoint in ``output``, if there is one.
+    """
+
+    output: Path
+    schedule: str = "paper"
+    unit_norm_every: int = 0
+    log_every: int = 1
+    eval_every: int = 0
+    checkpoint_every: int = 0
+    buffer_tokens: int
+    save_buffer: bool | None = None
+    save_buffer_limit: int = 2_000_000_000
+    seed: int = 0
+    resume: bool = False
+
+
+class RouteSAETrainingRunner(MultiSAETrainingRunner):
+    """:class:`MultiSAETrainingRunner` with its own data stream, end of step and interruption handling.
+
+    Args:
+        cfg: SAELens' config; ``n_checkpoints`` and ``resume_from_checkpoint`` are not used.
+        options: see :class:`RunOptions`.
+        model: with the hook points of all SAEs mounted.
+        dataset: with a column that SAELens knows, see ``data.load_text``.
+        saes: by the names of ``cfg.saes``.
+        evaluator: None for no evaluation. (SAELens' own misreads SAEs over several layers.)
+        identity: what a checkpoint must have in common with this run to be continued by it.
+    """
+
+    trainer: MonitoredTrainer
+    buffer: MixingBuffer | None = None
+    _resumed: tuple[Path, CheckpointState] | None = None
+
+    def __init__(
+        self,
+        cfg: MultiSAETrainingRunnerConfig,
+        options: RunOptions,
+        *,
+        model: Any,
+        dataset: Any,
+        saes: Mapping[str, TrainingSAE[Any]],
+        evaluator: Evaluator | None = None,
+        identity: Mapping[str, Any] | None = None,
+    ):
+        cfg.checkpoint_path = str(
+            options.output / CHECKPOINTS
+        )  # (set in its __init__ it would get a random suffix)
+        self.options, self.identity = options, dict(identity or {})
+        self.checkpoints = Checkpoints(options.output / CHECKPOINTS)
+        self.log = TrainingLog(options.output / LOG)
+        with _without_false_alarms():
+            super().__init__(cfg, dataset, model, dict(saes))
+        self.evaluator: Any = evaluator
+
+    def prepare(self) -> None:
+        """Look at data, model and checkpoint; :meth:`run` does it where it was not done before.
+
+        Raises:
+            ValueError: too little data, a hook or a width that does not fit the model, or a checkpoint of
+                another run.
+            FloatingPointError: the model answers NaN.
+        """
+        store = self.activations_store
+        size = measure(store, self.cfg.training_tokens)
+        self.identity |= {"lm_batch_size": store.store_batch_size_prompts, "probe": self._probe(size.first)}
+        self.buffer = MixingBuffer(
+            store,
+            list(dict.fromkeys(self.cfg.hook_names_per_sae.values())),
+            buffer_size=self.options.buffer_tokens,
+            batch_size=self.cfg.train_batch_size_tokens,
+            mix_fraction=self.cfg.activations_mixing_fraction,
+            seed=self.options.seed,
+        )
+        folder = self.checkpoints.latest() if self.options.resume else None
+        self._resumed = None if folder is None else (folder, CheckpointState.read(folder))
+        if self._resumed is not None:
+            # Here and not where the weights are loaded: a prefetcher starts reading at once.
+            self._resumed[1].check_same(self.identity)
+            self.buffer.load_state_dict(self._resumed[1].data)
+
+    def run(self) -> dict[str, TrainingSAE[Any]]:
+        """Train, or go on training, and save the inference SAEs under ``cfg.output_path``.
+
+        Raises:
+            FloatingPointError: activations, losses or weights are NaN or infinite.
+            TrainingInterrupted: SIGINT or SIGTERM, after writing a checkpoint.
+        """
+        if self.buffer is None:
+            self.prepare()
+        self.activations_store.get_multi_hook_data_loader = lambda: self.buffer
+        torch.manual_seed(self.options.seed)
+        try:
+            return super().run()
+        except BaseException:
+            if wandb.run is not None and self.cfg.logger.log_to_wandb:
+                wandb.finish(exit_code=1)
+            raise
+
+    def _run_with_interruption_handling(self, trainer: MultiSAETrainer) -> dict[str, TrainingSAE[Any]]:
+        """SAELens' place between the making of the trainer and ``fit``."""
+        options = self.options
+        assert self.buffer is not None  # prepare()
+        for single in trainer.trainers.values():
+            Schedule(options.schedule, self.cfg.total_training_steps).install(single)
+        monitor = Monitor(
+            log=self.log,
+            checkpoints=self.checkpoints,
+            buffer=self.buffer,
+            config=self.identity,
+            log_every=options.log_every,
+            checkpoint_every=options.checkpoint_every,
+            eval_every=options.eval_every,
+            unit_norm_every=options.unit_norm_every,
+            save_buffer=self.saves_buffer,
+            evaluator=self.evaluator,
+        )
+        self.trainer = MonitoredTrainer.adopt(trainer, monitor)
+        if self._resumed is not None:
+            folder, state = self._resumed
+            trainer.load_checkpoint(folder)  # after the schedule is in its place, or it would start anew
+            restore_rng(state.rng)
+            self.log.cut(state.log_size)
+        else:
+            self.log.cut(0)
+        with monitor.interruption:
+            return self.trainer.fit()
+
+    def _save_runner_checkpoint_files(self, checkpoint_path: Path | None) -> None:
+        super()._save_runner_checkpoint_files(checkpoint_path)
+        if checkpoint_path is not None:
+            self.trainer.state().write(checkpoint_path)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Largest size of the activation buffer in a checkpoint."""
+        cfg, store = self.cfg, self.activations_store
+        width = sum({hook: cfg.saes[name].d_in for name, hook in cfg.hook_names_per_sae.items()}.values())
+        prefetched = int(cfg.prefetch_llm_batches) + 1 if cfg.prefetch_llm_batches else 0
+        rows = (
+            self.options.buffer_tokens
+            + store.store_batch_size_prompts * store.training_context_size
+            + prefetched * cfg.train_batch_size_tokens
+        )
+        dtype = next(self.model.parameters()).dtype
+        return rows * (width * dtype.itemsize + 16)
+
+    @property
+    def saves_buffer(self) -> bool:
+        if self.options.save_buffer is None:
+            return self.buffer_bytes < self.options.save_buffer_limit
+        return self.options.save_buffer
+
+    @torch.no_grad()
+    def _probe(self, sequence: torch.Tensor) -> dict[str, float]:
+        """One forward over one sequence, to refuse now what would fail later: root mean square by hook.
+
+        It also goes into checkpoints: a run that is resumed with another model shows another value.
+        """
+        hooks = self.cfg.hook_names_per_sae
+        tokens = sequence[None].to(next(self.model.parameters()).device)
+        try:
+            acts = self.activations_store.get_multi_hook_activations(tokens)
+        except KeyError as error:
+            raise ValueError(
+                f"the model did not fire hook {error}; hooks asked for: {sorted(set(hooks.values()))}"
+            ) from error
+        for name, hook in hooks.items():
+            if acts[hook].shape[-1] != self.cfg.saes[name].d_in:
+                raise ValueError(
+                    f"SAE {name!r} has d_in = {self.cfg.saes[name].d_in}, but {hook} gives "
+                    f"{acts[hook].shape[-1]} values per token"
+                )
+        probe = {hook: acts[hook].double().pow(2).mean().sqrt().item() for hook in sorted(acts)}
+        if bad := [hook for hook, value in probe.items() if not math.isfinite(value)]:
+            raise FloatingPointError(f"the model's activations are NaN or infinite at {', '.join(bad)}")
+        return probe
+
+
+@contextmanager
+def _without_false_alarms() -> Iterator[None]:
+    """SAELens warns that an overridden run is not reproducible from its config alone (ours has run.json),
+    and compares the rows of a dataset with a number of tokens."""
+    level = sae_lens_logger.level
+    sae_lens_logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The training dataset contains fewer samples")
+            warnings.filterwarnings("ignore", message="Dataset is not tokenized")
+            yield
+    finally:
+        sae_lens_logger.setLevel(level)

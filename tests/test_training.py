@@ -1,0 +1,455 @@
+"""The entry point: what it trains, what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from sae_lens import SAE, TopKTrainingSAEConfig
+from transformer_lens import HookedTransformer
+from typer.testing import CliRunner
+
+from routesae_lens.saes.route_sae import ROUTE_ARCHITECTURES, RouteTopKTrainingSAEConfig
+from routesae_lens.training.checkpoint import Checkpoints
+from routesae_lens.training.data import load_text
+from routesae_lens.training.schedules import Schedule, paper_schedule, windows
+from routesae_lens.training.train import TrainingResult, train
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:To copy construct", "ignore:the data holds", "ignore:end of the data"),
+]
+CONTEXT, BATCH = 16, 32
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # several are slower on tensors as small as these
+    yield
+    torch.set_num_threads(before)
+
+
+def token_rows(n: int = 60, column: str = "tokens") -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    return Dataset.from_dict({column: torch.randint(64, (n, CONTEXT), generator=generator).tolist()})
+
+
+def config(model: Any, architecture: str = "route_topk", **options: Any) -> Any:
+    if architecture in ("route_topk", "route_batchtopk", "route_matryoshka_batchtopk"):
+        options["k"] = 4 if architecture == "route_topk" else 4.0
+    if architecture == "route_matryoshka_batchtopk":
+        options["matryoshka_widths"] = [16, 48]
+    return ROUTE_ARCHITECTURES[architecture].for_model(model, d_sae=48, **options)
+
+
+def run(model: Any, output: Path, configs: Any = None, dataset: Any = None, **options: Any) -> TrainingResult:
+    defaults: dict[str, Any] = {"training_tokens": 12 * BATCH, "context_size": CONTEXT, "batch_size": BATCH}
+    data = token_rows() if dataset is None else dataset
+    return train(model, configs or config(model), data, output=output, **defaults | options)
+
+
+def log_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- What it trains and writes ---------------------------------------------------------------------------
+
+
+def test_every_architecture_trains_with_an_ordinary_sae_beside_it(
+    tiny_hooked: HookedTransformer, tmp_path: Path
+):
+    plain = TopKTrainingSAEConfig(d_in=32, d_sae=48, k=4)
+    plain.metadata.hook_name = "blocks.4.hook_resid_post"
+    configs = {name: config(tiny_hooked, name) for name in ROUTE_ARCHITECTURES} | {"plain": plain}
+    result = run(tiny_hooked, tmp_path / "run", configs)
+    assert (result.steps, result.tokens) == (12, 12 * BATCH)
+    for name, path in result.paths.items():
+        loaded = SAE.load_from_disk(path)
+        acts = tiny_hooked.run_with_cache(torch.arange(10)[None], names_filter=loaded.cfg.metadata.hook_name)[
+            1
+        ]
+        assert torch.isfinite(loaded(acts[loaded.cfg.metadata.hook_name])).all(), name
+        assert loaded.cfg.metadata.seqpos_slice in ((1, None), [1, None])
+    # The caller's configs are not written into.
+    assert configs["route_topk"].metadata.context_size is None
+
+
+def test_the_log_tells_what_sae_lens_would_send_to_wandb(tiny_hooked: HookedTransformer, tmp_path: Path):
+    seen: list[str] = []
+
+    def evaluator(
+        saes: Any, data_provider: Any, activation_scalers: Any, hook_names: Any
+    ) -> dict[str, float]:
+        assert saes.keys() == activation_scalers.keys() == hook_names.keys() == {"route_topk"}
+        assert not saes["route_topk"].training
+        with pytest.raises(RuntimeError, match="must not draw from the training data"):
+            next(data_provider)
+        seen.append("call")
+        return {"route_topk/eval/kl": 0.5}
+
+    result = run(tiny_hooked, tmp_path / "run", evaluator=evaluator, eval_every=5, log_every=4, prefetch=2)
+    lines = log_lines(result.log)
+    steps = [line for line in lines if "route_topk/losses/overall_loss" in line]
+    assert [line["step"] for line in steps] == [1, 4, 8, 12]
+    assert [line["tokens"] for line in steps] == [BATCH * line["step"] for line in steps]
+    single = "route_topk/"
+    for key in (
+        *("metrics/explained_variance", "metrics/l0", "details/current_learning_rate"),
+        *("sparsity/dead_features", "metrics/route_mean_p", "metrics/route_entropy"),
+        *(f"metrics/layer_share/{layer}" for layer in result.saes["route_topk"].cfg.layers),
+    ):
+        assert all(isinstance(line[single + key], (int, float)) for line in steps), key
+    shares = [line[f"{single}metrics/layer_share/{layer}"] for line in steps for layer in (0, 1, 2, 3)]
+    assert sum(shares) == pytest.approx(len(steps))
+    assert [line["step"] for line in lines if "route_topk/eval/kl" in line] == [5, 10, 12]
+    assert len(seen) == 3
+    # windows of the firing frequencies: ceil(12 / 5) = 3 steps
+    assert [line["step"] for line in lines if "route_topk/sparsity/below_1e-5" in line] == [3, 6, 9, 12]
+
+
+def test_the_run_is_on_record(tiny_hooked: HookedTransformer, tmp_path: Path):
+    run(tiny_hooked, tmp_path / "run", seed=3)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["seeds"] == {"route_topk": 3}
+    assert record["config"]["lr"] == 5e-4 and record["options"]["schedule"] == "paper"
+    assert {"torch", "sae-lens", "transformer-lens", "routesae-lens"} <= record["versions"].keys()
+
+
+def test_seeds_decide_the_weights(tiny_hooked: HookedTransformer, tmp_path: Path):
+    configs = {name: config(tiny_hooked) for name in ("a", "b", "c")}
+    torch.manual_seed(99)
+    first = run(tiny_hooked, tmp_path / "1", configs, seed={"a": 0, "b": 0, "c": 1}).saes
+    torch.manual_seed(100)
+    second = run(tiny_hooked, tmp_path / "2", {"a": config(tiny_hooked)}, seed=0).saes
+    assert torch.equal(first["a"].W_dec, first["b"].W_dec)
+    assert torch.equal(first["a"].W_dec, second["a"].W_dec)
+    assert not torch.equal(first["a"].W_dec, first["c"].W_dec)
+
+
+def test_unit_norm_holds_before_the_first_step_every_n_steps_and_at_the_end(
+    tiny_hooked: HookedTransformer, tmp_path: Path
+):
+    off_by: list[float] = []
+
+    def watch(saes: Any, **_: Any) -> dict[str, float]:
+        off_by.append((saes["route_topk"].W_dec.norm(dim=1) - 1).abs().max().item())
+        return {}
+
+    one = config(tiny_hooked, rescale_acts_by_decoder_norm=False)
+    options: dict[str, Any] = {"evaluator": watch, "eval_every": 1, "lr": 1e-2, "schedule": "constant"}
+    run(tiny_hooked, tmp_path / "run", one, unit_norm_every=4, **options)
+    assert [off < 1e-6 for off in off_by] == [step in (1, 5, 9, 12) for step in range(1, 13)]
+    assert max(off_by) < 0.1  # the decoder starts with norm 0.1, so it was set before the first step
+
+
+def test_text_trains_on_every_backend(tiny_bridge: Any, tiny_proxy: Any, tmp_path: Path):
+    text = tmp_path / "text.txt"
+    text.write_text(
+        "\n\n".join(f"The quick brown fox number {i} jumps over the lazy dog." for i in range(80))
+    )
+    for name, model in (("bridge", tiny_bridge), ("proxy", tiny_proxy)):
+        one = config(model, normalize_activations="expected_average_only_in")
+        result = run(model, tmp_path / name, one, text)
+        assert SAE.load_from_disk(result.paths["route_topk"]).cfg.metadata.exclude_special_tokens is True
+
+
+def test_a_route_sae_starts_from_a_trained_one(tiny_hooked: HookedTransformer, tmp_path: Path):
+    first = run(tiny_hooked, tmp_path / "first")
+    start: list[torch.Tensor] = []
+
+    def watch(saes: Any, **_: Any) -> dict[str, float]:
+        start.append(saes["route_topk"].W_enc.detach().clone())
+        return {}
+
+    run(tiny_hooked, tmp_path / "second", init_from=first.paths["route_topk"], evaluator=watch, eval_every=1)
+    # (the paper's warm-up gives the first step of 12 rate 1: Adam moves every weight by at most the rate)
+    assert (start[0] - SAE.load_from_disk(first.paths["route_topk"]).W_enc).abs().max() < 6e-4
+
+
+def test_windows_follow_the_length_of_the_run():
+    assert windows(12) == (1, 1, 1, 3, 1)
+    assert windows(3000) == (15, 300, 300, 600, 100)
+    assert windows(100_000) == (500, 10_000, 1000, 2000, 100)
+    assert paper_schedule(0, 1) == paper_schedule(0, 4) == 1.0
+    with pytest.raises(ValueError, match="unknown schedule 'cosine'; known: paper, constant"):
+        Schedule("cosine", 10)
+
+
+# --- What it refuses --------------------------------------------------------------------------------------
+
+
+def test_nan_activations_stop_the_run_and_leave_the_checkpoint(
+    tiny_hooked: HookedTransformer, tmp_path: Path
+):
+    forwards = 0
+
+    def poison(value: torch.Tensor, hook: Any) -> torch.Tensor:
+        nonlocal forwards
+        forwards += 1
+        return value * float("nan") if forwards > 9 else value
+
+    tiny_hooked.add_hook("blocks.1.hook_resid_post", poison, is_permanent=True)
+    with pytest.raises(FloatingPointError) as stopped:
+        run(tiny_hooked, tmp_path / "run", {"mine": config(tiny_hooked)}, checkpoint_every=1, lm_batch_size=2)
+    latest = Checkpoints(tmp_path / "run" / "checkpoints").latest()
+    assert latest is not None
+    done = int(latest.name.removeprefix("step_"))
+    for part in (f"training step {done + 1}:", "blocks.3.hook_resid_post_stack_0to3", "'mine'", str(latest)):
+        assert part in str(stopped.value)
+    assert len(Checkpoints(tmp_path / "run" / "checkpoints").all()) == 2
+
+
+def test_a_diverging_sae_is_named_and_never_saved(tiny_hooked: HookedTransformer, tmp_path: Path):
+    def break_it(saes: Any, **_: Any) -> dict[str, float]:
+        saes["bad"].W_enc.data[0, 0] = float("inf")
+        return {}
+
+    configs = {"good": config(tiny_hooked), "bad": config(tiny_hooked)}
+    options: dict[str, Any] = {"evaluator": break_it, "eval_every": 7}
+    with pytest.raises(
+        FloatingPointError, match=r"training step 8: the loss is not finite for SAE 'bad'.*00000006"
+    ):
+        run(tiny_hooked, tmp_path / "1", configs, checkpoint_every=6, **options)
+    with pytest.raises(FloatingPointError, match=r"training step 7: W_enc of SAE 'bad' is NaN or infinite"):
+        run(tiny_hooked, tmp_path / "2", configs, checkpoint_every=7, **options)
+    assert Checkpoints(tmp_path / "2" / "checkpoints").all() == []
+
+
+def hookless(model: Any) -> Any:
+    return TopKTrainingSAEConfig(d_in=32, d_sae=48, k=4)
+
+
+def wrong_hook(model: Any) -> Any:
+    cfg = TopKTrainingSAEConfig(d_in=32, d_sae=48, k=4)
+    cfg.metadata.hook_name = "blocks.4.hook_nothing"
+    return cfg
+
+
+def wrong_width(model: Any) -> Any:
+    cfg = TopKTrainingSAEConfig(d_in=33, d_sae=48, k=4)
+    cfg.metadata.hook_name = "blocks.4.hook_resid_post"
+    return cfg
+
+
+BAD_RUNS: dict[str, tuple[dict[str, Any], str]] = {
+    "no tokenizer": ({"dataset": Dataset.from_dict({"text": ["a b c"]})}, "no tokenizer"),
+    "no column": (
+        {"dataset": Dataset.from_dict({"body": ["a"]})},
+        "has the columns body; expected one of text",
+    ),
+    "no rows": ({"dataset": Dataset.from_dict({"tokens": []})}, "holds no rows"),
+    "too little": ({"dataset": token_rows(2)}, r"holds 30 tokens to train on .* one training batch needs 32"),
+    "short rows": ({"context_size": 20}, "context_size 16"),
+    "long context": ({"context_size": 33}, "context_size = 33, but the model reads at most 32 tokens"),
+    "less than a batch": (
+        {"training_tokens": 31},
+        "training_tokens = 31 is less than one batch of 32 tokens",
+    ),
+    "small buffer": ({"buffer_tokens": 63}, "63 tokens. must hold at least two training batches of 32"),
+    "bad rate": ({"lr": 0.0}, "lr positive"),
+    "schedule": ({"schedule": "cosine"}, "known: paper, constant"),
+    "no config": ({"configs": {"a": "route_topk"}}, "SAE 'a': expected a training config"),
+    "bad name": ({"configs": lambda m: {"a/b": config(m)}}, "'a/b' cannot be the name of an SAE"),
+    "no hook": ({"configs": hookless}, "set cfg.metadata.hook_name"),
+    "wrong hook": ({"configs": wrong_hook}, "did not fire hook 'blocks.4.hook_nothing'"),
+    "wrong width": ({"configs": wrong_width}, "has d_in = 33, but blocks.4.hook_resid_post gives 32"),
+    "other model": (
+        {"configs": RouteTopKTrainingSAEConfig(d_in=30, d_sae=48, k=4, layers=[1, 2])},
+        "configured for d_model = 15 .* the model has 32",
+    ),
+    "layers": (
+        {"configs": RouteTopKTrainingSAEConfig(d_in=64, d_sae=48, k=4, layers=[1, 9])},
+        "between 0 and 5",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RUNS)
+def test_bad_input_is_refused_before_anything_is_written(
+    tiny_hooked: HookedTransformer, tmp_path: Path, case: str
+):
+    options, message = BAD_RUNS[case]
+    if callable(options.get("configs")):
+        options = options | {"configs": options["configs"](tiny_hooked)}
+    with pytest.raises((ValueError, TypeError), match=message):
+        run(tiny_hooked, tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_folder_with_another_run_is_refused(tiny_hooked: HookedTransformer, tmp_path: Path):
+    run(tiny_hooked, tmp_path / "run")
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        run(tiny_hooked, tmp_path / "run")
+    with pytest.raises(FileExistsError, match="is finished; there is nothing to resume"):
+        run(tiny_hooked, tmp_path / "run", resume=True)
+
+
+def test_too_little_disk_space_is_noticed_at_the_start(
+    tiny_hooked: HookedTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    with pytest.raises(OSError, match=r"not enough disk space .* about 0.00 GB .* 0.00 GB are free"):
+        run(tiny_hooked, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_number_of_epochs_is_said(tiny_hooked: HookedTransformer, tmp_path: Path):
+    with pytest.warns(UserWarning, match=r"120 tokens to train on, fewer than .* = 384: .* 3\.2 times"):
+        run(tiny_hooked, tmp_path / "run", dataset=token_rows(8))
+
+
+# --- Data ---------------------------------------------------------------------------------------------------
+
+
+def test_data_comes_from_files_folders_and_datasets(tmp_path: Path):
+    rows = Dataset.from_dict({"text": ["one", "two"]})
+    rows.to_parquet(tmp_path / "a.parquet")
+    rows.to_json(tmp_path / "a.jsonl")
+    (tmp_path / "a.txt").write_text("one\nline\n\ntwo\n")
+    rows.save_to_disk(tmp_path / "saved")
+    DatasetDict({"test": rows}).save_to_disk(tmp_path / "dict")
+    (tmp_path / "folder").mkdir()
+    rows.to_parquet(tmp_path / "folder" / "b.parquet")
+    for name in ("a.parquet", "a.jsonl", "saved", "folder"):
+        for streaming in (False, True):
+            assert [row["text"] for row in load_text(tmp_path / name, streaming=streaming)] == ["one", "two"]
+    assert [row["text"].strip() for row in load_text(tmp_path / "a.txt")] == ["one\nline", "two"]
+    assert len(load_text(str(tmp_path / "dict"), split="test")) == 2
+    assert next(iter(load_text(rows.rename_column("text", "body"), text_column="body"))) == {"text": "one"}
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("missing.parquet", FileNotFoundError, "no such file or folder: /.*missing.parquet"),
+        ("empty.txt", ValueError, "empty"),
+        ("broken.parquet", ValueError, "cannot read .*broken.parquet as parquet"),
+        ("a.csv", ValueError, "unknown kind of file; expected one of .parquet"),
+        ("nothing", ValueError, "neither a dataset saved with save_to_disk nor a folder"),
+        ("dict", ValueError, "has no split 'train'; its splits: test"),
+    ],
+)
+def test_bad_data_is_named(tmp_path: Path, name: str, error: type[Exception], message: str):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "broken.parquet").write_text("no parquet")
+    (tmp_path / "a.csv").write_text("text\na\n")
+    (tmp_path / "nothing").mkdir()
+    DatasetDict({"test": Dataset.from_dict({"text": ["a"]})}).save_to_disk(tmp_path / "dict")
+    with pytest.raises(error, match=message):
+        load_text(tmp_path / name)
+
+
+def test_an_unknown_hub_name_says_that_it_is_no_file_either():
+    with pytest.raises(ValueError, match="'no-such/data' is neither a file or folder here nor a dataset"):
+        load_text("no-such/data")
+
+
+# --- The command line -----------------------------------------------------------------------------------------
+
+
+def test_the_help_names_every_architecture_and_explains_every_option():
+    import typer.main
+
+    from routesae_lens.cli import app
+
+    command: Any = typer.main.get_command(app)
+    parameters = command.commands["train"].params
+    assert all(getattr(parameter, "help", None) for parameter in parameters)
+    helped = next(parameter.help for parameter in parameters if parameter.name == "architecture")
+    assert all(name in helped for name in ROUTE_ARCHITECTURES)
+
+
+@pytest.fixture
+def arguments(tiny_llama_dir: Path, tmp_path: Path) -> list[str]:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"A sparse autoencoder, number {i}, reads the stream." for i in range(80)))
+    sizes = ["--tokens", "320", "--batch-size", "32", "--context-size", "16", "--d-sae", "64", "--k", "4"]
+    where = ["--model", str(tiny_llama_dir), "--dataset", str(text), "--output", str(tmp_path / "run")]
+    return ["train", *where, *sizes]
+
+
+def test_the_command_trains(arguments: list[str], tmp_path: Path):
+    from routesae_lens.cli import app
+
+    extra = ["--architecture", "route_matryoshka_batchtopk", "--layers", "1:3", "--routing", "soft"]
+    evaluation = ["--eval-dataset", arguments[4], "--eval-sequences", "2", "--eval-every", "5"]
+    done = CliRunner().invoke(
+        app, [*arguments, *extra, *evaluation, "--sae-option", "aux_loss_coefficient=0.5"]
+    )
+    assert done.exit_code == 0, done.output
+    sae = SAE.load_from_disk(tmp_path / "run" / "route_matryoshka_batchtopk")
+    assert (sae.cfg.layers, sae.cfg.routing, sae.cfg.d_sae) == ([1, 2, 3], "soft", 64)
+    assert any("eval" in key for line in log_lines(tmp_path / "run" / "log.jsonl") for key in line)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--architecture", "route_magic"], "unknown architecture 'route_magic'; known: route_topk"),
+        (["--layers", "1-3"], "layers must look like"),
+        (["--layers", "1:9"], "between 0 and 5"),
+        (["--routing", "loud"], "unknown routing 'loud'"),
+        (["--backend", "jax"], "unknown backend 'jax'"),
+        (["--sae-option", "l1_coefficient=3"], "route_topk has no option l1_coefficient"),
+        (["--sae-option", "relu"], "expected NAME=VALUE"),
+        (["--dataset", "missing.txt"], "no such file or folder"),
+        (["--model", "/no/such/folder"], "/no/such/folder"),
+        (["--tokens", "5"], "less than one batch"),
+    ],
+)
+def test_a_mistake_on_the_command_line_gives_one_message(
+    arguments: list[str], wrong: list[str], message: str
+):
+    from routesae_lens.cli import app
+
+    done = CliRunner().invoke(app, [*arguments, *wrong])
+    assert done.exit_code == 2
+    assert message in done.output.replace("\n", " ") and "Traceback" not in done.output
+
+
+def test_an_interrupted_command_says_how_to_go_on(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import os
+    import signal
+
+    from routesae_lens.analysis import evaluate
+    from routesae_lens.cli import app
+
+    class Terminating:
+        def __init__(self, *_: Any):
+            pass
+
+        def __call__(self, **_: Any) -> dict[str, float]:
+            if not Checkpoints(tmp_path / "run" / "checkpoints").all():
+                os.kill(os.getpid(), signal.SIGTERM)
+            return {}
+
+    monkeypatch.setattr(evaluate, "SpliceEvaluator", Terminating)
+    more = [
+        "--eval-dataset",
+        arguments[4],
+        "--eval-sequences",
+        "1",
+        "--eval-every",
+        "3",
+        "--checkpoint-every",
+        "0",
+    ]
+    monkeypatch.setattr("sys.argv", ["routesae-lens", *arguments, *more])
+    stopped = CliRunner().invoke(app, [*arguments, *more])
+    assert stopped.exit_code == 130, stopped.output
+    assert "stopped by SIGTERM after step 3 of 10" in stopped.output
+    again = stopped.output.strip().splitlines()[-1].split()
+    assert again[0] == "routesae-lens" and again[-1] == "--resume"
+    done = CliRunner().invoke(app, again[1:])
+    assert done.exit_code == 0, done.output
+    assert "10 steps" in done.output
