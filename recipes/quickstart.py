@@ -25,6 +25,7 @@ import pandas as pd
 import typer
 from rich.console import Console
 from rich.table import Table
+from sae_lens import SAE
 
 import routesae_lens as rl
 
@@ -132,6 +133,11 @@ def _cell(values: list[float | None]) -> str:
     return (f"{mean:.0f}" if all(isinstance(v, int) for v in numbers) else f"{mean:.3f}") + spread
 
 
+def _finished(output: Path) -> bool:
+    record = output / "run.json"
+    return record.exists() and json.loads(record.read_text())["status"] == "finished"
+
+
 def main(
     model: Annotated[str, typer.Option(help="Hugging Face name, local folder, or 'demo'.")] = "demo",
     backend: Annotated[str, typer.Option(help="huggingface, bridge or hooked.")] = "huggingface",
@@ -172,29 +178,37 @@ def main(
         f"{len(saes)} SAEs, blocks {blocks}, width {expansion * d_model}, k {k}, {tokens:,} training tokens"
     )
 
-    run = rl.train(
-        lm,
-        saes,
-        text.skip(held_out_documents),
-        output=output,
-        training_tokens=tokens,
-        context_size=context_size,
-        batch_size=batch_size,
-        lr=lr,
-        schedule="paper",
-        unit_norm_every=10,
-        seed={name: int(name.rpartition("seed")[2]) for name in saes},
-        resume=resume,
-    )
-    trained = time.perf_counter()
-    results = rl.evaluate_all(run.saes, lm, eval_ids, unscaled=True)
-    log = pd.read_json(run.log, lines=True).dropna(subset=[f"{name}/losses/mse_loss" for name in saes])
+    if finished := _finished(output):
+        console.print(
+            f"[yellow]{output} holds a finished run: evaluating it; the training options above are ignored"
+        )
+        trained = {name: SAE.load_from_disk(output / name, device=rl.default_device()) for name in saes}
+    else:
+        run = rl.train(
+            lm,
+            saes,
+            text.skip(held_out_documents),
+            output=output,
+            training_tokens=tokens,
+            context_size=context_size,
+            batch_size=batch_size,
+            lr=lr,
+            schedule="paper",
+            unit_norm_every=10,
+            seed={name: int(name.rpartition("seed")[2]) for name in saes},
+            resume=True,  # where an earlier run in this folder was stopped
+        )
+        trained = run.saes
+    seconds = time.perf_counter() - started
+    results = rl.evaluate_all(trained, lm, eval_ids, unscaled=True)
+    log = pd.read_json(output / "log.jsonl", lines=True)
+    log = log.dropna(subset=[f"{name}/losses/mse_loss" for name in saes])
     plot_curves(log, list(saes), output / "training_curves.png")
     plot_shares(log, results, blocks, n_blocks, output / "layer_shares.png")
     summary = {
         "results": {name: result.to_dict() for name, result in results.items()},
-        "seconds": {"training": trained - started, "evaluation": time.perf_counter() - trained},
-        "training_tokens": run.tokens,
+        "seconds": {"training": None if finished else seconds, "all": time.perf_counter() - started},
+        "training_tokens": int(log["tokens"].iloc[-1]),
         "held_out_documents": held_out_documents,
         "dataset": dataset,
         "run": json.loads((output / "run.json").read_text()),

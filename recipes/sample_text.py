@@ -62,6 +62,7 @@ TOPICS = (
     "the brain", "wool and weaving", "lighthouses", "fishing", "languages", "prisons", "rice",
     "friendship", "steel", "the Internet", "horses", "islands", "cheese", "architecture",
 )  # fmt: skip
+DEMO_TEXT = demo_text_path()
 SHINGLE = 8
 """Words in a row; a document most of whose runs were seen before is a repetition."""
 
@@ -110,7 +111,7 @@ def deduplicated(text: str, seen_lines: set[str], seen_shingles: set[int]) -> st
 
 
 def main(
-    out: Path = demo_text_path(),
+    out: Path = DEMO_TEXT,
     seed: int = 0,
     batch_size: int = 48,
     max_new_tokens: int = 400,

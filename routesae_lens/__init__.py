@@ -19,7 +19,7 @@ from routesae_lens.hook_points import (
     split_layers,
     unmount_layers,
 )
-from routesae_lens.models import load_model
+from routesae_lens.models import default_device, load_model
 from routesae_lens.saes.authors import from_authors_checkpoint
 from routesae_lens.saes.route_sae import (
     ROUTE_ARCHITECTURES,
@@ -87,6 +87,7 @@ __all__ = [
     "TrainingInterrupted",
     "TrainingResult",
     "backend_of",
+    "default_device",
     "default_layers",
     "demo_model_path",
     "demo_text_path",

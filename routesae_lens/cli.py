@@ -318,7 +318,7 @@ def _config(
         )
     d_sae = d_sae or 8 * backend_of(model).d_model
     if "k" in known:
-        options = {"k": float(k) if known["k"].type == "float" else k} | options
+        options = {"k": float(k) if known["k"].type in (float, "float") else k} | options
     if "matryoshka_widths" in known:
         options = {"matryoshka_widths": [d_sae // 8, d_sae // 4, d_sae // 2, d_sae]} | options
     return config.for_model(model, layers=layers, d_sae=d_sae, **options)

@@ -43,6 +43,7 @@ def activations(*shape: int, seed: int = 1) -> torch.Tensor:
     return x * torch.tensor([1.0, 3.0, 0.2, 8.0])[:, None] + torch.tensor([0.0, 5.0, -1.0, 2.0])[:, None]
 
 
+@torch.no_grad()
 def by_hand(sae: RouteTopKSAE, x: torch.Tensor):
     """One token (layer, d_model), in plain loops: probs, layer, weights, input, scale."""
     cfg = sae.cfg

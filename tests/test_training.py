@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
-from sae_lens import SAE, TopKTrainingSAEConfig
+from datasets import Dataset
+from sae_lens import SAE, TopKSAEConfig, TopKTrainingSAEConfig
 from transformer_lens import HookedTransformer
-from typer.testing import CliRunner
 
 from routesae_lens.saes.route_sae import ROUTE_ARCHITECTURES, RouteTopKTrainingSAEConfig
 from routesae_lens.training.checkpoint import Checkpoints
-from routesae_lens.training.data import load_text
+from routesae_lens.training.preflight import checked_configs
 from routesae_lens.training.schedules import Schedule, paper_schedule, windows
 from routesae_lens.training.train import TrainingResult, train
 
@@ -111,6 +110,32 @@ def test_the_log_tells_what_sae_lens_would_send_to_wandb(tiny_hooked: HookedTran
     assert len(seen) == 3
     # windows of the firing frequencies: ceil(12 / 5) = 3 steps
     assert [line["step"] for line in lines if "route_topk/sparsity/below_1e-5" in line] == [3, 6, 9, 12]
+
+
+def test_wandb_gets_the_same_and_nothing_is_evaluated_twice(
+    tiny_hooked: HookedTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    sent: list[tuple[int, dict[str, Any]]] = []
+    monkeypatch.setattr("wandb.log", lambda metrics, step: sent.append((step, metrics)))
+    monkeypatch.setattr("wandb.init", lambda **_: None)
+    uploads: list[Any] = []
+    monkeypatch.setattr("wandb.log_artifact", lambda artifact, aliases=None: uploads.append(aliases))
+    calls: list[int] = []
+
+    def evaluator(**_: Any) -> dict[str, float]:
+        calls.append(len(calls))
+        return {"route_topk/eval/kl": 0.5}
+
+    options: dict[str, Any] = {"wandb_project": "project", "log_every": 2, "eval_every": 6}
+    result = run(tiny_hooked, tmp_path / "run", evaluator=evaluator, **options)
+    assert len(calls) == 2
+    assert uploads == [["final_model"], None]  # the SAE and its firing frequencies, no checkpoints
+    logged = {step: metrics for step, metrics in sent if "route_topk/losses/overall_loss" in metrics}
+    for line in log_lines(result.log):
+        if "route_topk/losses/overall_loss" in line and line["step"] != 1:
+            there = logged[line["step"] - 1]  # SAELens numbers a step by the steps done before it
+            assert all(there[key] == value for key, value in line.items() if key not in ("step", "tokens"))
+    assert [step for step, metrics in sent if "route_topk/eval/kl" in metrics] == [6, 12]
 
 
 def test_the_run_is_on_record(tiny_hooked: HookedTransformer, tmp_path: Path):
@@ -255,7 +280,6 @@ BAD_RUNS: dict[str, tuple[dict[str, Any], str]] = {
     "small buffer": ({"buffer_tokens": 63}, "63 tokens. must hold at least two training batches of 32"),
     "bad rate": ({"lr": 0.0}, "lr positive"),
     "schedule": ({"schedule": "cosine"}, "known: paper, constant"),
-    "no config": ({"configs": {"a": "route_topk"}}, "SAE 'a': expected a training config"),
     "bad name": ({"configs": lambda m: {"a/b": config(m)}}, "'a/b' cannot be the name of an SAE"),
     "no hook": ({"configs": hookless}, "set cfg.metadata.hook_name"),
     "wrong hook": ({"configs": wrong_hook}, "did not fire hook 'blocks.4.hook_nothing'"),
@@ -283,6 +307,14 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_what_is_no_training_config_is_named():
+    for wrong in (TopKSAEConfig(d_in=32, d_sae=48, k=4), "route_topk"):
+        with pytest.raises(TypeError, match="SAE 'a': expected a training config"):
+            checked_configs({"a": wrong})
+    with pytest.raises(TypeError, match="expected a training config or a dict of them"):
+        checked_configs({})
+
+
 def test_an_output_folder_with_another_run_is_refused(tiny_hooked: HookedTransformer, tmp_path: Path):
     run(tiny_hooked, tmp_path / "run")
     with pytest.raises(FileExistsError, match="already holds a run"):
@@ -304,152 +336,3 @@ def test_too_little_disk_space_is_noticed_at_the_start(
 def test_the_number_of_epochs_is_said(tiny_hooked: HookedTransformer, tmp_path: Path):
     with pytest.warns(UserWarning, match=r"120 tokens to train on, fewer than .* = 384: .* 3\.2 times"):
         run(tiny_hooked, tmp_path / "run", dataset=token_rows(8))
-
-
-# --- Data ---------------------------------------------------------------------------------------------------
-
-
-def test_data_comes_from_files_folders_and_datasets(tmp_path: Path):
-    rows = Dataset.from_dict({"text": ["one", "two"]})
-    rows.to_parquet(tmp_path / "a.parquet")
-    rows.to_json(tmp_path / "a.jsonl")
-    (tmp_path / "a.txt").write_text("one\nline\n\ntwo\n")
-    rows.save_to_disk(tmp_path / "saved")
-    DatasetDict({"test": rows}).save_to_disk(tmp_path / "dict")
-    (tmp_path / "folder").mkdir()
-    rows.to_parquet(tmp_path / "folder" / "b.parquet")
-    for name in ("a.parquet", "a.jsonl", "saved", "folder"):
-        for streaming in (False, True):
-            assert [row["text"] for row in load_text(tmp_path / name, streaming=streaming)] == ["one", "two"]
-    assert [row["text"].strip() for row in load_text(tmp_path / "a.txt")] == ["one\nline", "two"]
-    assert len(load_text(str(tmp_path / "dict"), split="test")) == 2
-    assert next(iter(load_text(rows.rename_column("text", "body"), text_column="body"))) == {"text": "one"}
-
-
-@pytest.mark.parametrize(
-    ("name", "error", "message"),
-    [
-        ("missing.parquet", FileNotFoundError, "no such file or folder: /.*missing.parquet"),
-        ("empty.txt", ValueError, "empty"),
-        ("broken.parquet", ValueError, "cannot read .*broken.parquet as parquet"),
-        ("a.csv", ValueError, "unknown kind of file; expected one of .parquet"),
-        ("nothing", ValueError, "neither a dataset saved with save_to_disk nor a folder"),
-        ("dict", ValueError, "has no split 'train'; its splits: test"),
-    ],
-)
-def test_bad_data_is_named(tmp_path: Path, name: str, error: type[Exception], message: str):
-    (tmp_path / "empty.txt").touch()
-    (tmp_path / "broken.parquet").write_text("no parquet")
-    (tmp_path / "a.csv").write_text("text\na\n")
-    (tmp_path / "nothing").mkdir()
-    DatasetDict({"test": Dataset.from_dict({"text": ["a"]})}).save_to_disk(tmp_path / "dict")
-    with pytest.raises(error, match=message):
-        load_text(tmp_path / name)
-
-
-def test_an_unknown_hub_name_says_that_it_is_no_file_either():
-    with pytest.raises(ValueError, match="'no-such/data' is neither a file or folder here nor a dataset"):
-        load_text("no-such/data")
-
-
-# --- The command line -----------------------------------------------------------------------------------------
-
-
-def test_the_help_names_every_architecture_and_explains_every_option():
-    import typer.main
-
-    from routesae_lens.cli import app
-
-    command: Any = typer.main.get_command(app)
-    parameters = command.commands["train"].params
-    assert all(getattr(parameter, "help", None) for parameter in parameters)
-    helped = next(parameter.help for parameter in parameters if parameter.name == "architecture")
-    assert all(name in helped for name in ROUTE_ARCHITECTURES)
-
-
-@pytest.fixture
-def arguments(tiny_llama_dir: Path, tmp_path: Path) -> list[str]:
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"A sparse autoencoder, number {i}, reads the stream." for i in range(80)))
-    sizes = ["--tokens", "320", "--batch-size", "32", "--context-size", "16", "--d-sae", "64", "--k", "4"]
-    where = ["--model", str(tiny_llama_dir), "--dataset", str(text), "--output", str(tmp_path / "run")]
-    return ["train", *where, *sizes]
-
-
-def test_the_command_trains(arguments: list[str], tmp_path: Path):
-    from routesae_lens.cli import app
-
-    extra = ["--architecture", "route_matryoshka_batchtopk", "--layers", "1:3", "--routing", "soft"]
-    evaluation = ["--eval-dataset", arguments[4], "--eval-sequences", "2", "--eval-every", "5"]
-    done = CliRunner().invoke(
-        app, [*arguments, *extra, *evaluation, "--sae-option", "aux_loss_coefficient=0.5"]
-    )
-    assert done.exit_code == 0, done.output
-    sae = SAE.load_from_disk(tmp_path / "run" / "route_matryoshka_batchtopk")
-    assert (sae.cfg.layers, sae.cfg.routing, sae.cfg.d_sae) == ([1, 2, 3], "soft", 64)
-    assert any("eval" in key for line in log_lines(tmp_path / "run" / "log.jsonl") for key in line)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (["--architecture", "route_magic"], "unknown architecture 'route_magic'; known: route_topk"),
-        (["--layers", "1-3"], "layers must look like"),
-        (["--layers", "1:9"], "between 0 and 5"),
-        (["--routing", "loud"], "unknown routing 'loud'"),
-        (["--backend", "jax"], "unknown backend 'jax'"),
-        (["--sae-option", "l1_coefficient=3"], "route_topk has no option l1_coefficient"),
-        (["--sae-option", "relu"], "expected NAME=VALUE"),
-        (["--dataset", "missing.txt"], "no such file or folder"),
-        (["--model", "/no/such/folder"], "/no/such/folder"),
-        (["--tokens", "5"], "less than one batch"),
-    ],
-)
-def test_a_mistake_on_the_command_line_gives_one_message(
-    arguments: list[str], wrong: list[str], message: str
-):
-    from routesae_lens.cli import app
-
-    done = CliRunner().invoke(app, [*arguments, *wrong])
-    assert done.exit_code == 2
-    assert message in done.output.replace("\n", " ") and "Traceback" not in done.output
-
-
-def test_an_interrupted_command_says_how_to_go_on(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    import os
-    import signal
-
-    from routesae_lens.analysis import evaluate
-    from routesae_lens.cli import app
-
-    class Terminating:
-        def __init__(self, *_: Any):
-            pass
-
-        def __call__(self, **_: Any) -> dict[str, float]:
-            if not Checkpoints(tmp_path / "run" / "checkpoints").all():
-                os.kill(os.getpid(), signal.SIGTERM)
-            return {}
-
-    monkeypatch.setattr(evaluate, "SpliceEvaluator", Terminating)
-    more = [
-        "--eval-dataset",
-        arguments[4],
-        "--eval-sequences",
-        "1",
-        "--eval-every",
-        "3",
-        "--checkpoint-every",
-        "0",
-    ]
-    monkeypatch.setattr("sys.argv", ["routesae-lens", *arguments, *more])
-    stopped = CliRunner().invoke(app, [*arguments, *more])
-    assert stopped.exit_code == 130, stopped.output
-    assert "stopped by SIGTERM after step 3 of 10" in stopped.output
-    again = stopped.output.strip().splitlines()[-1].split()
-    assert again[0] == "routesae-lens" and again[-1] == "--resume"
-    done = CliRunner().invoke(app, again[1:])
-    assert done.exit_code == 0, done.output
-    assert "10 steps" in done.output

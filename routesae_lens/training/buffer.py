@@ -14,13 +14,26 @@ import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
-from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 from tqdm.auto import tqdm
+
+
+@runtime_checkable
+class TokenStore(Protocol):
+    """What is used of SAELens' ``ActivationsStore`` (all of it public)."""
+
+    device: torch.device
+    context_size: int
+    store_batch_size_prompts: int
+    seqpos_slice: tuple[int | None, ...]
+    exclude_special_tokens: Tensor | None
+
+    def get_batch_tokens(self, *, raise_at_epoch_end: bool) -> Tensor: ...
+    def get_multi_hook_activations(self, batch_tokens: Tensor) -> dict[str, Tensor]: ...
 
 
 class Rows(NamedTuple):
@@ -72,7 +85,7 @@ class MixingBuffer(Iterator[dict[str, Tensor]]):
 
     def __init__(
         self,
-        store: ActivationsStore,
+        store: TokenStore,
         hook_names: Sequence[str],
         *,
         buffer_size: int,

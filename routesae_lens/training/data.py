@@ -6,7 +6,7 @@ import warnings
 from itertools import chain
 from math import ceil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
@@ -126,20 +126,14 @@ def _read_files(files: list[Path], streaming: bool) -> Dataset | IterableDataset
         raise ValueError(f"cannot read {files[0]} as {reader}: {type(error).__name__}: {error}") from error
 
 
-class DataSize(NamedTuple):
-    """What reading ahead found."""
-
-    first: Tensor
-    """The first full context, (pos)."""
-    tokens: int | None
-    """Tokens of one epoch that training sees; None where the data goes on and its length is unknown."""
-
-
-def measure(store: ActivationsStore, training_tokens: int) -> DataSize:
+def measure(store: ActivationsStore, training_tokens: int) -> int | None:
     """Read ahead in ``store`` (nothing is lost) and refuse data that cannot fill one training batch.
 
     Fewer sequences than one forward of the language model makes that forward smaller. Data that
     ``training_tokens`` goes through more than once gets a warning that says how often.
+
+    Returns:
+        Tokens of one epoch that training sees; None where the data goes on and its length is unknown.
 
     Raises:
         ValueError: no full context, a pretokenised row of another length, or less than one training batch.
@@ -188,4 +182,4 @@ def measure(store: ActivationsStore, training_tokens: int) -> DataSize:
             f"{training_tokens:,}: training goes through it {about}{training_tokens / tokens:.1f} times",
             stacklevel=2,
         )
-    return DataSize(taken[0], tokens)
+    return tokens

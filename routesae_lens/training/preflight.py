@@ -17,6 +17,7 @@ from routesae_lens.training.schedules import SCHEDULES
 
 
 def checked_configs(configs: Any) -> dict[str, TrainingSAEConfig]:
+    """A copy of the configs by name. Raises TypeError or ValueError that names the wrong one."""
     if isinstance(configs, TrainingSAEConfig):
         configs = {configs.architecture(): configs}
     if not isinstance(configs, Mapping) or not configs:
@@ -45,6 +46,7 @@ def check_numbers(
     schedule: str,
     context_limit: int | None,
 ) -> None:
+    """Raises ValueError for sizes that cannot work together."""
     if batch_size < 1 or context_size < 2 or lr <= 0:
         raise ValueError(
             "batch_size must be 1 or more, context_size 2 or more and lr positive; "
@@ -63,6 +65,7 @@ def check_numbers(
 
 
 def check_output(output: Path, names: Iterable[str], resume: bool) -> None:
+    """Raises FileExistsError where ``output`` holds a run that is not to be resumed, or is finished."""
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output} is a file; expected a folder")
     there = [name for name in (RUN_FILE, LOG, CHECKPOINTS, *names) if (output / name).exists()]
@@ -75,6 +78,7 @@ def check_output(output: Path, names: Iterable[str], resume: bool) -> None:
 
 
 def check_space(output: Path, saes: Mapping[str, TrainingSAE[Any]], buffer_bytes: int) -> None:
+    """Raises OSError where SAEs and checkpoints will not fit on the disk."""
     weights = sum(tensor.nbytes for sae in saes.values() for tensor in sae.state_dict().values())
     # a checkpoint: weights, Adam's two moments, buffer; two are kept while a third is written; then the SAEs
     needed = 3 * (3 * weights + buffer_bytes) + weights
@@ -89,6 +93,7 @@ def check_space(output: Path, saes: Mapping[str, TrainingSAE[Any]], buffer_bytes
 
 
 def context_limit(model: Any) -> int | None:
+    """Longest sequence the model reads, where it says so."""
     config = getattr(getattr(model, "model", None), "config", None)
     if isinstance(model, HookedProxyLM):
         return getattr(config, "max_position_embeddings", None)

@@ -40,6 +40,7 @@ def identity(
 
 
 def record(cfg: MultiSAETrainingRunnerConfig, options: RunOptions, seeds: dict[str, int]) -> dict[str, Any]:
+    """What ``run.json`` tells beside the status."""
     packages = ("routesae-lens", "sae-lens", "transformer-lens", "torch", "transformers", "datasets")
     return {
         "config": json.loads(json.dumps(cfg.to_dict(), default=str)),
@@ -51,11 +52,13 @@ def record(cfg: MultiSAETrainingRunnerConfig, options: RunOptions, seeds: dict[s
 
 
 def write_record(output: Path, record: dict[str, Any]) -> None:
+    """Write ``run.json``, whole or not at all."""
     partial = output / f".{RUN_FILE}"
     partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
     partial.replace(output / RUN_FILE)
 
 
 def read_record(output: Path) -> dict[str, Any]:
+    """``run.json`` of ``output``; empty where there is none."""
     path = output / RUN_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

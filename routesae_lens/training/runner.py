@@ -106,8 +106,8 @@ class RouteSAETrainingRunner(MultiSAETrainingRunner):
             FloatingPointError: the model answers NaN.
         """
         store = self.activations_store
-        size = measure(store, self.cfg.training_tokens)
-        self.identity |= {"lm_batch_size": store.store_batch_size_prompts, "probe": self._probe(size.first)}
+        measure(store, self.cfg.training_tokens)
+        self.identity |= {"lm_batch_size": store.store_batch_size_prompts, "probe": self._probe()}
         self.buffer = MixingBuffer(
             store,
             list(dict.fromkeys(self.cfg.hook_names_per_sae.values())),
@@ -196,13 +196,13 @@ class RouteSAETrainingRunner(MultiSAETrainingRunner):
         return self.options.save_buffer
 
     @torch.no_grad()
-    def _probe(self, sequence: torch.Tensor) -> dict[str, float]:
-        """One forward over one sequence, to refuse now what would fail later: root mean square by hook.
+    def _probe(self) -> dict[str, float]:
+        """One forward over eight tokens, to refuse now what would fail later: root mean square by hook.
 
         It also goes into checkpoints: a run that is resumed with another model shows another value.
         """
         hooks = self.cfg.hook_names_per_sae
-        tokens = sequence[None].to(next(self.model.parameters()).device)
+        tokens = torch.arange(8, device=next(self.model.parameters()).device)[None]
         try:
             acts = self.activations_store.get_multi_hook_activations(tokens)
         except KeyError as error:

@@ -157,6 +157,7 @@ def train(
             "model_class_name": "AutoModelForCausalLM"
             if isinstance(model, HookedProxyLM)
             else type(model).__name__,
+            "model_from_pretrained_kwargs": {},  # how it was loaded is not ours to know
             "dataset_path": str(dataset) if isinstance(dataset, (str, Path)) else "",
             "context_size": context_size,
             "training_tokens": steps * batch_size,

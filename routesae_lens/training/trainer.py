@@ -148,8 +148,14 @@ class MonitoredTrainer(MultiSAETrainer):
             for parameter, tensor in sae.named_parameters():
                 if not torch.isfinite(tensor).all():
                     raise FloatingPointError(f"{parameter} of SAE {name!r} is NaN or infinite")
-        # (SAELens' method calls back save_checkpoint_fn, which adds our files: runner.py)
-        return self.monitor.checkpoints.save(self.n_training_steps, self.save_checkpoint)
+        # SAELens would upload the weights of every checkpoint; these are for resuming, the final ones go up.
+        logger, on = self.cfg.logger, self.cfg.logger.log_to_wandb
+        logger.log_to_wandb = False
+        try:
+            # (SAELens' method calls back save_checkpoint_fn, which adds our files: runner.py)
+            return self.monitor.checkpoints.save(self.n_training_steps, self.save_checkpoint)
+        finally:
+            logger.log_to_wandb = on
 
     def state(self) -> CheckpointState:
         monitor = self.monitor

@@ -1,0 +1,107 @@
+"""``routesae-lens train``."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from sae_lens import SAE
+from typer.testing import CliRunner
+
+from routesae_lens.analysis import evaluate
+from routesae_lens.cli import app
+from routesae_lens.saes.route_sae import ROUTE_ARCHITECTURES
+from routesae_lens.training.checkpoint import Checkpoints
+from routesae_lens.training.log import TrainingLog
+
+pytestmark = pytest.mark.filterwarnings("ignore:the data holds", "ignore:end of the data")
+
+
+def test_the_help_names_every_architecture_and_explains_every_option():
+    command: Any = typer.main.get_command(app)
+    parameters = command.commands["train"].params
+    assert all(getattr(parameter, "help", None) for parameter in parameters)
+    helped = next(parameter.help for parameter in parameters if parameter.name == "architecture")
+    assert all(name in helped for name in ROUTE_ARCHITECTURES)
+
+
+@pytest.fixture
+def arguments(tiny_llama_dir: Path, tmp_path: Path) -> list[str]:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"A sparse autoencoder, number {i}, reads the stream." for i in range(80)))
+    sizes = ["--tokens", "320", "--batch-size", "32", "--context-size", "16", "--d-sae", "64", "--k", "4"]
+    where = ["--model", str(tiny_llama_dir), "--dataset", str(text), "--output", str(tmp_path / "run")]
+    return ["train", *where, *sizes]
+
+
+def test_the_command_trains(arguments: list[str], tmp_path: Path):
+    extra = ["--architecture", "route_matryoshka_batchtopk", "--layers", "1:3", "--routing", "soft"]
+    evaluation = ["--eval-dataset", arguments[4], "--eval-sequences", "2", "--eval-every", "5"]
+    done = CliRunner().invoke(
+        app, [*arguments, *extra, *evaluation, "--sae-option", "aux_loss_coefficient=0.5"]
+    )
+    assert done.exit_code == 0, done.output
+    sae = SAE.load_from_disk(tmp_path / "run" / "route_matryoshka_batchtopk")
+    assert (sae.cfg.layers, sae.cfg.routing, sae.cfg.d_sae) == ([1, 2, 3], "soft", 64)
+    assert any("eval" in key for line in TrainingLog(tmp_path / "run" / "log.jsonl").read() for key in line)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--architecture", "route_magic"], "unknown architecture 'route_magic'; known: route_topk"),
+        (["--layers", "1-3"], "layers must look like"),
+        (["--layers", "1:9"], "between 0 and 5"),
+        (["--routing", "loud"], "unknown routing 'loud'"),
+        (["--backend", "jax"], "unknown backend 'jax'"),
+        (["--sae-option", "l1_coefficient=3"], "route_topk has no option l1_coefficient"),
+        (["--sae-option", "relu"], "expected NAME=VALUE"),
+        (["--dataset", "missing.txt"], "no such file or folder"),
+        (["--model", "/no/such/folder"], "/no/such/folder"),
+        (["--tokens", "5"], "less than one batch"),
+    ],
+)
+def test_a_mistake_on_the_command_line_gives_one_message(
+    arguments: list[str], wrong: list[str], message: str
+):
+    done = CliRunner().invoke(app, [*arguments, *wrong])
+    assert done.exit_code == 2
+    assert message in done.output.replace("\n", " ") and "Traceback" not in done.output
+
+
+def test_an_interrupted_command_says_how_to_go_on(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Terminating:
+        def __init__(self, *_: Any):
+            pass
+
+        def __call__(self, **_: Any) -> dict[str, float]:
+            if not Checkpoints(tmp_path / "run" / "checkpoints").all():
+                os.kill(os.getpid(), signal.SIGTERM)
+            return {}
+
+    monkeypatch.setattr(evaluate, "SpliceEvaluator", Terminating)
+    more = [
+        "--eval-dataset",
+        arguments[4],
+        "--eval-sequences",
+        "1",
+        "--eval-every",
+        "3",
+        "--checkpoint-every",
+        "0",
+    ]
+    monkeypatch.setattr("sys.argv", ["routesae-lens", *arguments, *more])
+    stopped = CliRunner().invoke(app, [*arguments, *more])
+    assert stopped.exit_code == 130, stopped.output
+    assert "stopped by SIGTERM after step 3 of 10" in stopped.output
+    again = stopped.output.strip().splitlines()[-1].split()
+    assert again[0] == "routesae-lens" and again[-1] == "--resume"
+    done = CliRunner().invoke(app, again[1:])
+    assert done.exit_code == 0, done.output
+    assert "10 steps" in done.output
