@@ -49,7 +49,8 @@ def configs(model: Any, layers: list[int], d_sae: int, k: int, seeds: int) -> di
     make = rl.RouteTopKTrainingSAEConfig.for_model
     result = {}
     for seed in range(seeds):
-        common = {"d_sae": d_sae, "k": k, "route_seed": seed}
+        # (the paper trains without an auxiliary loss, and so do these few tokens)
+        common = {"d_sae": d_sae, "k": k, "route_seed": seed, "aux_loss_coefficient": 0.0}
         result[f"RouteSAE-seed{seed}"] = make(model, layers=layers, **common)
         result[f"TopK-seed{seed}"] = make(model, layers=layers[-1:], **common)
         result[f"Random-seed{seed}"] = make(model, layers=layers, routing="random", **common)

@@ -304,7 +304,7 @@ def test_standardize(seed, scale, shift):
 
 
 def test_standardize_uses_the_unbiased_deviation_and_adds_eps_to_it():
-    z, mean, std = standardize(torch.tensor([[0.0, 2.0]]))
+    _, mean, std = standardize(torch.tensor([[0.0, 2.0]]))
     assert mean.item() == 1 and std.item() == pytest.approx(math.sqrt(2) + EPS)
     # eps counts where the deviation is of its size
     tiny = torch.tensor([[0.0, 2e-6]], dtype=torch.float64)

@@ -82,13 +82,14 @@ def evaluate_all(
             raise ValueError(
                 f"the model's logits are not finite in sequences {start} to {start + len(batch) - 1}"
             )
+        clean = clean.float().log_softmax(-1)  # once for all SAEs
         for name, subject in subjects.items():
             tally, reading = tallies[name], subject.read(cache[subject.point], draw)
             tally.add_reading(reading, keep)
-            tally.add_clean(batch, clean, keep)
+            tally.add_clean(clean, batch, keep)
             hooks = subject.splice(reading, keep, scale_by_p)
-            tally.add_spliced(batch, clean, _run_hooked(model, batch, hooks), keep)
-            tally.add_zeroed(batch, _run_hooked(model, batch, subject.zero(reading, keep)), keep)
+            tally.add_spliced(clean, _run_hooked(model, batch, hooks), batch, keep)
+            tally.add_zeroed(_run_hooked(model, batch, subject.zero(reading, keep)), batch, keep)
             if unscaled and scale_by_p and subject.scaled:
                 hooks = subject.splice(reading, keep, False)
                 tally.add_unscaled(clean, _run_hooked(model, batch, hooks), keep)

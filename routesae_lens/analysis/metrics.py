@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from routesae_lens.analysis.subjects import Reading, Subject
@@ -63,9 +63,15 @@ class Evaluation:
 def kl_per_token(
     clean: Float[Tensor, "*batch vocab"], spliced: Float[Tensor, "*batch vocab"]
 ) -> Float[Tensor, "*batch"]:
-    """KL(clean || spliced) of the next-token distributions, in nats."""
-    p, q = clean.float().log_softmax(-1), spliced.float().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
+    """KL(clean || spliced) of the next-token distributions given as logits, in nats."""
+    return kl_of_log_probs(clean.float().log_softmax(-1), spliced.float().log_softmax(-1))
+
+
+def kl_of_log_probs(
+    clean: Float[Tensor, "*batch vocab"], spliced: Float[Tensor, "*batch vocab"]
+) -> Float[Tensor, "*batch"]:
+    """KL(clean || spliced) of distributions given as log-probabilities, in nats."""
+    return (clean.exp() * (clean - spliced)).sum(-1)
 
 
 class Tally:
@@ -108,25 +114,29 @@ class Tally:
             self.p += probs.gather(-1, reading.layer[keep][:, None]).sum().item()
             self.entropy += torch.special.entr(probs).sum().item()
 
-    def add_clean(self, tokens: Tensor, clean: Tensor, keep: Tensor) -> None:
+    def add_clean(self, log_probs: Tensor, tokens: Tensor, keep: Tensor) -> None:
         self.predicted += int((keep[:, :-1] & keep[:, 1:]).sum())
-        self.ce["clean"] += _cross_entropy(clean, tokens, keep)
+        for row, kept in enumerate(keep):
+            self.ce["clean"] += _cross_entropy(log_probs[row], tokens[row], kept)
 
-    def add_spliced(self, tokens: Tensor, clean: Tensor, spliced: Tensor, keep: Tensor) -> None:
-        self.ce["spliced"] += _cross_entropy(spliced, tokens, keep)
+    def add_spliced(self, clean: Tensor, spliced: Tensor, tokens: Tensor, keep: Tensor) -> None:
         for row, kept in enumerate(keep):  # one sequence at a time: float32 logits are large
-            kl = kl_per_token(clean[row], spliced[row]).double()
+            log_probs = spliced[row].float().log_softmax(-1)
+            self.ce["spliced"] += _cross_entropy(log_probs, tokens[row], kept)
+            kl = kl_of_log_probs(clean[row], log_probs).double()
             self.kl_all += kl.sum().item()
             self.kl_sums.append(kl[kept].sum().item())
             self.kl_counts.append(int(kept.sum()))
 
-    def add_zeroed(self, tokens: Tensor, zeroed: Tensor, keep: Tensor) -> None:
-        self.ce["zero"] += _cross_entropy(zeroed, tokens, keep)
+    def add_zeroed(self, zeroed: Tensor, tokens: Tensor, keep: Tensor) -> None:
+        for row, kept in enumerate(keep):
+            self.ce["zero"] += _cross_entropy(zeroed[row].float().log_softmax(-1), tokens[row], kept)
 
     def add_unscaled(self, clean: Tensor, spliced: Tensor, keep: Tensor) -> None:
         self.has_unscaled = True
         for row, kept in enumerate(keep):
-            self.unscaled += kl_per_token(clean[row], spliced[row])[kept].double().sum().item()
+            log_probs = spliced[row][kept].float().log_softmax(-1)
+            self.unscaled += kl_of_log_probs(clean[row][kept], log_probs).double().sum().item()
 
     def result(self, scale_by_p: bool) -> Evaluation:
         assert self.sum is not None
@@ -176,11 +186,9 @@ def _ratio_stderr(sums: list[float], counts: list[int]) -> float:
     return (residual.std() / c.mean() / len(sums) ** 0.5).item()
 
 
-def _cross_entropy(logits: Tensor, tokens: Tensor, keep: Tensor) -> float:
+def _cross_entropy(
+    log_probs: Float[Tensor, "pos vocab"], tokens: Int[Tensor, " pos"], keep: Bool[Tensor, " pos"]
+) -> float:
     """Summed next-token cross-entropy where both the token and the predicted one are kept."""
-    both = keep[:, :-1] & keep[:, 1:]
-    total = 0.0
-    for row, kept in enumerate(both):
-        chosen = logits[row, :-1][kept].float()
-        total += torch.nn.functional.cross_entropy(chosen, tokens[row, 1:][kept], reduction="sum").item()
-    return total
+    both = keep[:-1] & keep[1:]
+    return -log_probs[:-1][both].gather(-1, tokens[1:][both, None]).double().sum().item()

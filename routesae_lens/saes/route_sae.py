@@ -327,6 +327,8 @@ class RouteTrainingSAE(Routed, TrainingSAE[Any]):
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> Tensor | dict[str, Tensor]:
         """SAELens' auxiliary losses, on the scale of the reconstruction loss."""
+        if getattr(self.cfg, "aux_loss_coefficient", None) == 0:
+            return {}  # SAELens would compute it and multiply by zero
         if self.cfg.loss == "mse":
             return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
         x = step_input.sae_in
