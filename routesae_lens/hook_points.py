@@ -193,7 +193,7 @@ class LayersHookPoint(HookPoint):
         super().__init__()
         self.n_layers = n_layers
         self.taps: list[RemovableHandle] = []
-        self._parts: dict[int, Tensor] = {}
+        self._parts: list[Tensor] = []
 
     @property
     def listening(self) -> bool:
@@ -218,17 +218,19 @@ class LayersHookPoint(HookPoint):
             self._parts.clear()  # what an interrupted forward may have left
         if not self.listening:
             return
-        self._parts[index] = activation
-        if index < self.n_layers - 1:
-            return
-        parts, self._parts = self._parts, {}
-        if len(parts) != self.n_layers:
+        if index != len(self._parts):
+            seen = len(self._parts)
+            self._parts.clear()
             raise RuntimeError(
-                f"{self.name}: only {len(parts)} of {self.n_layers} layers ran before the last one. "
+                f"{self.name}: listed layer {index + 1} of {self.n_layers} ran when {seen} had run before it. "
                 "Does the forward start after the first listed layer (start_at_layer)?"
             )
+        self._parts.append(activation)
+        if index < self.n_layers - 1:
+            return
+        parts, self._parts = self._parts, []
         with torch.inference_mode(False):  # inference tensors do not count their in-place edits
-            stack = torch.cat([parts[i].to(activation.device) for i in range(self.n_layers)], dim=-1)
+            stack = torch.cat([part.to(activation.device) for part in parts], dim=-1)
         del parts
         version = stack._version
         out = self(stack)

@@ -65,7 +65,7 @@ def test_it_costs_nothing_while_nobody_listens(model, site, monkeypatch):
     monkeypatch.setattr("routesae_lens.hook_points._TapInside.leave", no_transient_taps)
     monkeypatch.setattr(point, "forward", forbidden)
     model(TOKENS)
-    assert not [shape for shape in cat.shapes if shape[-1] == 96] and point._parts == {}
+    assert not [shape for shape in cat.shapes if shape[-1] == 96] and point._parts == []
 
 
 def spy(cat):
@@ -104,13 +104,13 @@ def test_after_an_exception_nothing_stale_is_left(model, site):
     before = hooks_on_modules()
 
     def abort(x, hook):
-        parts.extend(weakref.ref(part) for part in point._parts.values())
+        parts.extend(weakref.ref(part) for part in point._parts)
         raise _Abort
 
     with pytest.raises(_Abort):
         fwd_hooks = [(layer_hook_name(model, 3, "hook_resid_post"), abort), (name, lambda x, hook: None)]
         model.run_with_hooks(TOKENS, fwd_hooks=fwd_hooks)
-    assert len(parts) == 2 and point._parts == {}
+    assert len(parts) == 2 and point._parts == []
     with pytest.raises(_Abort):
         fwd_hooks = [(layer_hook_name(model, 2, "hook_mlp_out"), _abort), (name, lambda x, hook: None)]
         model.run_with_hooks(TOKENS, fwd_hooks=fwd_hooks)
@@ -121,10 +121,24 @@ def test_after_an_exception_nothing_stale_is_left(model, site):
 def test_stopping_too_early_leaves_nothing_for_a_later_start(tiny_hooked):
     name = mount_layers(tiny_hooked, LAYERS)
     residual, cache = tiny_hooked.run_with_cache(TOKENS, names_filter=name, stop_at_layer=2)
-    assert name not in cache and tiny_hooked.hook_dict[name]._parts == {}
+    assert name not in cache and tiny_hooked.hook_dict[name]._parts == []
     with pytest.raises(RuntimeError, match="start_at_layer"):
         tiny_hooked.run_with_cache(residual, names_filter=name, start_at_layer=2)
     tiny_hooked(residual, start_at_layer=2)  # nobody listens: nothing to complain about
+
+
+def test_a_lasting_hook_never_gets_layers_of_two_forwards(tiny_hooked):
+    name, seen = mount_layers(tiny_hooked, LAYERS), []
+    tiny_hooked.add_hook(name, lambda x, hook: seen.append(x))
+    tiny_hooked(TOKENS, stop_at_layer=3)  # leaves two layers of three
+    with pytest.raises(RuntimeError, match="start_at_layer"):
+        tiny_hooked(torch.randn(2, 5, 32), start_at_layer=2)
+    with pytest.raises(RuntimeError, match="start_at_layer"):
+        tiny_hooked(torch.randn(2, 5, 32), start_at_layer=3)
+    assert seen == []
+    tiny_hooked(TOKENS, stop_at_layer=3)
+    tiny_hooked(TOKENS)
+    assert torch.equal(seen[-1], stack_of(tiny_hooked, name))
 
 
 def test_starting_at_the_first_layer_is_enough(tiny_hooked):
