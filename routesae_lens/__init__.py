@@ -8,9 +8,9 @@ from importlib.metadata import version
 
 from routesae_lens.analysis.evaluate import SpliceEvaluator, evaluate, evaluate_all, held_out_tokens
 from routesae_lens.analysis.metrics import Evaluation, kl_per_token
+from routesae_lens.backends import backend_of
 from routesae_lens.demo import demo_model_path, demo_text_path
 from routesae_lens.hook_points import (
-    backend_of,
     default_layers,
     join_layers,
     mount_layers,
@@ -20,8 +20,7 @@ from routesae_lens.hook_points import (
     unmount_layers,
 )
 from routesae_lens.models import default_device, load_model
-from routesae_lens.saes.authors import from_authors_checkpoint
-from routesae_lens.saes.route_sae import (
+from routesae_lens.saes.architectures import (
     ROUTE_ARCHITECTURES,
     RouteBatchTopKTrainingSAE,
     RouteBatchTopKTrainingSAEConfig,
@@ -35,7 +34,6 @@ from routesae_lens.saes.route_sae import (
     RouteJumpReLUTrainingSAEConfig,
     RouteMatryoshkaBatchTopKTrainingSAE,
     RouteMatryoshkaBatchTopKTrainingSAEConfig,
-    RouteSAE,
     RouteStandardSAE,
     RouteStandardSAEConfig,
     RouteStandardTrainingSAE,
@@ -44,9 +42,9 @@ from routesae_lens.saes.route_sae import (
     RouteTopKSAEConfig,
     RouteTopKTrainingSAE,
     RouteTopKTrainingSAEConfig,
-    RouteTrainingSAE,
-    inference_form,
 )
+from routesae_lens.saes.authors import from_authors_checkpoint
+from routesae_lens.saes.route_sae import RouteSAE, RouteTrainingSAE, inference_form
 from routesae_lens.saes.router import AGGREGATORS, ROUTINGS, Route, standardize
 from routesae_lens.splice.hooked import HookedRouteSAETransformer, RouteSAETransformerBridge
 from routesae_lens.training.data import load_text

@@ -304,8 +304,8 @@ def _config(
 ) -> Any:
     from dataclasses import fields
 
-    from routesae_lens.hook_points import backend_of
-    from routesae_lens.saes.route_sae import ROUTE_ARCHITECTURES
+    from routesae_lens.backends import backend_of
+    from routesae_lens.saes.architectures import ROUTE_ARCHITECTURES
 
     if architecture not in ROUTE_ARCHITECTURES:
         raise ValueError(f"unknown architecture {architecture!r}; known: {', '.join(ROUTE_ARCHITECTURES)}")

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
     from transformer_lens.model_bridge import TransformerBridge
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers are the parallelism
+torch.set_num_threads(1)  # several workers, tiny models: threads only get into each other's way
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from routesae_lens.analysis import evaluate
 from routesae_lens.cli import app
-from routesae_lens.saes.route_sae import ROUTE_ARCHITECTURES
+from routesae_lens.saes.architectures import ROUTE_ARCHITECTURES
 from routesae_lens.training.checkpoint import Checkpoints
 from routesae_lens.training.log import TrainingLog
 

@@ -23,15 +23,15 @@ from routesae_lens.analysis.evaluate import (
 from routesae_lens.analysis.metrics import kl_per_token
 from routesae_lens.analysis.subjects import subject_of
 from routesae_lens.models import BACKENDS, load_model
-from routesae_lens.saes.route_sae import (
+from routesae_lens.saes.architectures import (
     RouteBatchTopKTrainingSAE,
     RouteBatchTopKTrainingSAEConfig,
     RouteStandardSAE,
     RouteStandardSAEConfig,
     RouteTopKSAE,
     RouteTopKSAEConfig,
-    inference_form,
 )
+from routesae_lens.saes.route_sae import inference_form
 from routesae_lens.splice.replace import splice_hooks
 
 D_MODEL = 32

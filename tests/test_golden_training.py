@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from routesae_lens.hook_points import join_layers
-from routesae_lens.saes.route_sae import RouteTopKTrainingSAE, RouteTopKTrainingSAEConfig
+from routesae_lens.saes.architectures import RouteTopKTrainingSAE, RouteTopKTrainingSAEConfig
 from routesae_lens.training.schedules import Schedule
 from routesae_lens.training.trainer import set_decoder_norm
 

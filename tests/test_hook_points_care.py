@@ -61,8 +61,8 @@ def test_it_costs_nothing_while_nobody_listens(model, site, monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("the stack was made although nobody listens")
 
-    monkeypatch.setattr("routesae_lens.hook_points.torch.cat", cat := spy(torch.cat))
-    monkeypatch.setattr("routesae_lens.hook_points._TapInside.leave", no_transient_taps)
+    monkeypatch.setattr("routesae_lens.backends.torch.cat", cat := spy(torch.cat))
+    monkeypatch.setattr("routesae_lens.backends._TapInside.leave", no_transient_taps)
     monkeypatch.setattr(point, "forward", forbidden)
     model(TOKENS)
     assert not [shape for shape in cat.shapes if shape[-1] == 96] and point._parts == []

@@ -16,7 +16,18 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "routesae_lens"
 
 # A module imports from its own row and from earlier ones, never from a later one.
-ROWS = ("demo", "models", "hook_points", "saes", "splice", "analysis", "training", "report", "cli")
+ROWS = (
+    "demo",
+    "models",
+    "backends",
+    "hook_points",
+    "saes",
+    "splice",
+    "analysis",
+    "training",
+    "report",
+    "cli",
+)
 
 
 def test_imports_run_one_way():

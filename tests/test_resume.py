@@ -17,7 +17,7 @@ from sae_lens import TopKTrainingSAEConfig
 from safetensors.torch import load_file
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from routesae_lens.saes.route_sae import RouteBatchTopKTrainingSAEConfig, RouteTopKTrainingSAEConfig
+from routesae_lens.saes.architectures import RouteBatchTopKTrainingSAEConfig, RouteTopKTrainingSAEConfig
 from routesae_lens.training.checkpoint import DATA_FILE, Checkpoints
 from routesae_lens.training.interruption import Interruption, TrainingInterrupted
 from routesae_lens.training.train import TrainingResult, train

@@ -12,15 +12,13 @@ from sae_lens import SAE, TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingS
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import SAEMetadata, TrainingSAE
 
-from routesae_lens.saes.route_sae import (
+from routesae_lens.saes.architectures import (
     ROUTE_ARCHITECTURES,
-    RouteSAE,
     RouteTopKSAE,
     RouteTopKSAEConfig,
     RouteTopKTrainingSAEConfig,
-    RouteTrainingSAE,
-    inference_form,
 )
+from routesae_lens.saes.route_sae import RouteSAE, RouteTrainingSAE, inference_form
 from routesae_lens.saes.router import standardize
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from routesae_lens.saes.route_sae import RouteTopKSAE, RouteTopKSAEConfig
+from routesae_lens.saes.architectures import RouteTopKSAE, RouteTopKSAEConfig
 from routesae_lens.saes.router import AGGREGATORS, EPS, ROUTINGS, standardize, uniform_layers
 
 N_LAYERS, D_MODEL = 4, 12

@@ -15,13 +15,11 @@ from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import load_file
 
 from routesae_lens.hook_points import layer_hook_name, mounted_points, unmount_layers
-from routesae_lens.saes.authors import from_authors_checkpoint
-from routesae_lens.saes.route_sae import (
+from routesae_lens.saes.architectures import (
     RouteGatedSAE,
     RouteGatedSAEConfig,
     RouteJumpReLUSAE,
     RouteJumpReLUSAEConfig,
-    RouteSAE,
     RouteStandardSAE,
     RouteStandardSAEConfig,
     RouteTopKSAE,
@@ -29,6 +27,8 @@ from routesae_lens.saes.route_sae import (
     RouteTopKTrainingSAE,
     RouteTopKTrainingSAEConfig,
 )
+from routesae_lens.saes.authors import from_authors_checkpoint
+from routesae_lens.saes.route_sae import RouteSAE
 from routesae_lens.splice.hooked import HookedRouteSAETransformer, RouteSAETransformerBridge
 from routesae_lens.splice.layer_view import layer_view
 from routesae_lens.splice.replace import reconstruct, splice_hooks

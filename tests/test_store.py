@@ -13,7 +13,7 @@ from sae_lens.saes.sae import SAEMetadata
 
 from routesae_lens.hook_points import mounted_points
 from routesae_lens.saes import store as store_module
-from routesae_lens.saes.route_sae import RouteTopKSAE, RouteTopKSAEConfig
+from routesae_lens.saes.architectures import RouteTopKSAE, RouteTopKSAEConfig
 
 BACKENDS = ["tiny_hooked", "tiny_bridge", "tiny_proxy"]
 

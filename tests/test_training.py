@@ -13,7 +13,7 @@ from datasets import Dataset
 from sae_lens import SAE, TopKSAEConfig, TopKTrainingSAEConfig
 from transformer_lens import HookedTransformer
 
-from routesae_lens.saes.route_sae import ROUTE_ARCHITECTURES, RouteTopKTrainingSAEConfig
+from routesae_lens.saes.architectures import ROUTE_ARCHITECTURES, RouteTopKTrainingSAEConfig
 from routesae_lens.training.checkpoint import Checkpoints
 from routesae_lens.training.preflight import checked_configs
 from routesae_lens.training.schedules import Schedule, paper_schedule, windows

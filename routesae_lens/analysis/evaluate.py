@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from routesae_lens.analysis.metrics import Evaluation, Tally
 from routesae_lens.analysis.subjects import subject_of
-from routesae_lens.hook_points import backend_of
+from routesae_lens.backends import backend_of
 from routesae_lens.saes.route_sae import inference_form
 from routesae_lens.splice.replace import Hook
 

@@ -10,13 +10,13 @@ import torch
 from sae_lens.saes.sae import SAEMetadata
 
 from routesae_lens.hook_points import check_layers, stack_name
-from routesae_lens.saes.route_sae import (
+from routesae_lens.saes.architectures import (
     RouteJumpReLUSAE,
     RouteJumpReLUSAEConfig,
-    RouteSAE,
     RouteTopKSAE,
     RouteTopKSAEConfig,
 )
+from routesae_lens.saes.route_sae import RouteSAE
 
 _KEYS = {"router.weight", "sae.pre_bias", "sae.latent_bias", "sae.encoder.weight", "sae.decoder.weight"}
 

@@ -17,7 +17,8 @@ from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 
-from routesae_lens.hook_points import backend_of, mount_layers
+from routesae_lens.backends import backend_of
+from routesae_lens.hook_points import mount_layers
 from routesae_lens.saes.route_sae import RouteTrainingFields, RouteTrainingSAE
 from routesae_lens.training.data import is_tokenized, load_text
 from routesae_lens.training.interruption import TrainingInterrupted

@@ -1,0 +1,286 @@
+"""RouteSAE over SAELens' SAEs: config, inference class and training class of each, and their registration.
+
+``route_topk``, ``route_batchtopk``, ``route_matryoshka_batchtopk``, ``route_jumprelu``, ``route_gated`` and
+``route_standard`` train through SAELens' stock runners and come back with ``SAE.load_from_disk`` (BatchTopK
+and Matryoshka as the routed JumpReLU, as SAELens does).
+
+To add one, derive config and SAE from the stock ones as below, and add them to the last table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import (
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+    GatedSAE,
+    GatedSAEConfig,
+    GatedTrainingSAE,
+    GatedTrainingSAEConfig,
+    JumpReLUSAE,
+    JumpReLUSAEConfig,
+    JumpReLUTrainingSAE,
+    JumpReLUTrainingSAEConfig,
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+    StandardSAE,
+    StandardSAEConfig,
+    StandardTrainingSAE,
+    StandardTrainingSAEConfig,
+    TopKSAE,
+    TopKSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
+from sae_lens.registry import register_sae_class, register_sae_training_class
+from sae_lens.saes.sae import SAEConfig, TrainStepInput
+from torch import Tensor, nn
+
+from routesae_lens.saes.route_sae import RouteFields, RouteSAE, RouteTrainingFields, RouteTrainingSAE
+
+
+class SignedTopK(nn.Module):
+    """The k largest pre-activations, negative ones included (the authors' TopK has no ReLU)."""
+
+    def __init__(self, k: int):
+        super().__init__()
+        self.k = k
+
+    def forward(self, x: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        top = torch.topk(x, k=self.k, dim=-1, sorted=False)
+        return torch.zeros_like(x).scatter(-1, top.indices, top.values)
+
+
+# --- TopK ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RouteTopKSAEConfig(RouteFields, TopKSAEConfig):
+    """Config of :class:`RouteTopKSAE`. ``relu=False`` keeps negative latents among the k, as the authors do."""
+
+    relu: bool = field(default=True, kw_only=True)
+
+    @classmethod
+    def architecture(cls) -> str:
+        return "route_topk"
+
+
+class RouteTopKSAE(RouteSAE, TopKSAE):
+    """RouteSAE with a TopK SAE: the paper's."""
+
+    shared_class = TopKSAE
+    shared_config = TopKSAEConfig
+
+    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
+        return super().get_activation_fn() if self.cfg.relu else SignedTopK(self.cfg.k)
+
+
+@dataclass(kw_only=True)
+class RouteTopKTrainingSAEConfig(RouteTrainingFields, TopKTrainingSAEConfig):
+    """Config of :class:`RouteTopKTrainingSAE`: the router's fields, ``relu``, and SAELens' TopK fields."""
+
+    relu: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.relu and self.use_sparse_activations:
+            raise ValueError("use_sparse_activations does not go with relu=False")
+
+    @classmethod
+    def architecture(cls) -> str:
+        return "route_topk"
+
+
+class RouteTopKTrainingSAE(RouteTrainingSAE, TopKTrainingSAE):
+    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
+        return super().get_activation_fn() if self.cfg.relu else SignedTopK(self.cfg.k)
+
+
+# --- JumpReLU: also what BatchTopK and Matryoshka become ----------------------------------------------
+
+
+@dataclass
+class RouteJumpReLUSAEConfig(RouteFields, JumpReLUSAEConfig):
+    @classmethod
+    def architecture(cls) -> str:
+        return "route_jumprelu"
+
+
+class RouteJumpReLUSAE(RouteSAE, JumpReLUSAE):
+    shared_class = JumpReLUSAE
+    shared_config = JumpReLUSAEConfig
+
+
+@dataclass(kw_only=True)
+class RouteJumpReLUTrainingSAEConfig(RouteTrainingFields, JumpReLUTrainingSAEConfig):
+    @classmethod
+    def architecture(cls) -> str:
+        return "route_jumprelu"
+
+
+class RouteJumpReLUTrainingSAE(RouteTrainingSAE, JumpReLUTrainingSAE):
+    def _normalized_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: Tensor,
+        hidden_pre: Tensor,
+        sae_out: Tensor,
+        norm: Tensor,
+    ) -> Tensor | dict[str, Tensor]:
+        # L0 counts latents: it has no scale to remove.
+        return JumpReLUTrainingSAE.calculate_aux_loss(self, step_input, feature_acts, hidden_pre, sae_out)
+
+
+# --- BatchTopK and Matryoshka BatchTopK ---------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class RouteBatchTopKTrainingSAEConfig(RouteTrainingFields, BatchTopKTrainingSAEConfig):
+    @classmethod
+    def architecture(cls) -> str:
+        return "route_batchtopk"
+
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return RouteJumpReLUSAEConfig
+
+
+class RouteBatchTopKTrainingSAE(RouteTrainingSAE, BatchTopKTrainingSAE):
+    cfg: Any
+
+
+@dataclass(kw_only=True)
+class RouteMatryoshkaBatchTopKTrainingSAEConfig(RouteTrainingFields, MatryoshkaBatchTopKTrainingSAEConfig):
+    @classmethod
+    def architecture(cls) -> str:
+        return "route_matryoshka_batchtopk"
+
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return RouteJumpReLUSAEConfig
+
+
+class RouteMatryoshkaBatchTopKTrainingSAE(RouteTrainingSAE, MatryoshkaBatchTopKTrainingSAE):
+    cfg: Any
+    _aux_norm: Tensor | None = None
+
+    def _iterable_decode(self, feature_acts: Tensor, include_outer_loss: bool = False) -> Any:
+        for width, decoded in super()._iterable_decode(feature_acts, include_outer_loss):
+            yield width, decoded if self._aux_norm is None else decoded / self._aux_norm
+
+    def _normalized_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: Tensor,
+        hidden_pre: Tensor,
+        sae_out: Tensor,
+        norm: Tensor,
+    ) -> Tensor | dict[str, Tensor]:
+        # The partial reconstructions hold b_dec, so they are divided where they are made.
+        self._aux_norm = norm
+        try:
+            return MatryoshkaBatchTopKTrainingSAE.calculate_aux_loss(
+                self,
+                replace(step_input, sae_in=step_input.sae_in / norm),
+                feature_acts,
+                hidden_pre / norm,
+                sae_out / norm,
+            )
+        finally:
+            self._aux_norm = None
+
+
+# --- Gated --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RouteGatedSAEConfig(RouteFields, GatedSAEConfig):
+    @classmethod
+    def architecture(cls) -> str:
+        return "route_gated"
+
+
+class RouteGatedSAE(RouteSAE, GatedSAE):
+    shared_class = GatedSAE
+    shared_config = GatedSAEConfig
+
+
+@dataclass(kw_only=True)
+class RouteGatedTrainingSAEConfig(RouteTrainingFields, GatedTrainingSAEConfig):
+    @classmethod
+    def architecture(cls) -> str:
+        return "route_gated"
+
+
+class RouteGatedTrainingSAE(RouteTrainingSAE, GatedTrainingSAE):
+    def _normalized_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: Tensor,
+        hidden_pre: Tensor,
+        sae_out: Tensor,
+        norm: Tensor,
+    ) -> dict[str, Tensor]:
+        # Both terms go through encoder biases, so dividing the input would not divide the loss.
+        x = step_input.sae_in
+        gate = torch.relu((x - self.b_dec * self.cfg.apply_b_dec_to_input) @ self.W_enc + self.b_gate)
+        l1 = (gate * self.W_dec.norm(dim=1)).sum(-1, keepdim=True) / norm
+        error = (gate @ self.W_dec + self.b_dec - x) / norm
+        return {
+            "l1_loss": step_input.coefficients["l1"] * l1.mean(),
+            "auxiliary_reconstruction_loss": error.pow(2).sum(-1).mean(),
+        }
+
+
+# --- Standard (ReLU, L1) --------------------------------------------------------------------------------
+
+
+@dataclass
+class RouteStandardSAEConfig(RouteFields, StandardSAEConfig):
+    @classmethod
+    def architecture(cls) -> str:
+        return "route_standard"
+
+
+class RouteStandardSAE(RouteSAE, StandardSAE):
+    shared_class = StandardSAE
+    shared_config = StandardSAEConfig
+
+
+@dataclass(kw_only=True)
+class RouteStandardTrainingSAEConfig(RouteTrainingFields, StandardTrainingSAEConfig):
+    @classmethod
+    def architecture(cls) -> str:
+        return "route_standard"
+
+
+class RouteStandardTrainingSAE(RouteTrainingSAE, StandardTrainingSAE):
+    pass
+
+
+# --- Registration -----------------------------------------------------------------------------------------
+
+INFERENCE: tuple[tuple[type[RouteSAE], type[SAEConfig]], ...] = (
+    (RouteTopKSAE, RouteTopKSAEConfig),
+    (RouteJumpReLUSAE, RouteJumpReLUSAEConfig),
+    (RouteGatedSAE, RouteGatedSAEConfig),
+    (RouteStandardSAE, RouteStandardSAEConfig),
+)
+TRAINING: tuple[tuple[type[RouteTrainingSAE], Any], ...] = (
+    (RouteTopKTrainingSAE, RouteTopKTrainingSAEConfig),
+    (RouteBatchTopKTrainingSAE, RouteBatchTopKTrainingSAEConfig),
+    (RouteMatryoshkaBatchTopKTrainingSAE, RouteMatryoshkaBatchTopKTrainingSAEConfig),
+    (RouteJumpReLUTrainingSAE, RouteJumpReLUTrainingSAEConfig),
+    (RouteGatedTrainingSAE, RouteGatedTrainingSAEConfig),
+    (RouteStandardTrainingSAE, RouteStandardTrainingSAEConfig),
+)
+for sae_class, config in INFERENCE:
+    register_sae_class(config.architecture(), sae_class, config)
+for training_class, config in TRAINING:
+    register_sae_training_class(config.architecture(), training_class, config)
+
+ROUTE_ARCHITECTURES: dict[str, Any] = {config.architecture(): config for _, config in TRAINING}
+"""Training configs by architecture name."""
