@@ -23,6 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 import typer
+from matplotlib.ticker import EngFormatter
 from rich.console import Console
 from rich.table import Table
 from sae_lens import SAE
@@ -73,24 +74,23 @@ def plot_curves(log: pd.DataFrame, names: list[str], path: Path) -> None:
                 label=method if seed == "0" else None,
             )
         axis.set(title=title, xlabel="training tokens")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def plot_shares(
-    log: pd.DataFrame, results: dict[str, rl.Evaluation], layers: list[int], n_blocks: int, path: Path
-) -> None:
+def plot_shares(log: pd.DataFrame, results: dict[str, rl.Evaluation], layers: list[int], path: Path) -> None:
     """Where RouteSAE's tokens go: through training, and on held-out text beside uniform."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    color = plt.cm.ScalarMappable(plt.Normalize(layers[0], max(layers[-1], layers[0] + 1)), "viridis")
     shares = log[[f"RouteSAE-seed0/metrics/layer_share/{layer}" for layer in layers]]
-    axes[0].stackplot(
-        log["tokens"], shares.to_numpy().T, colors=plt.get_cmap("viridis")([i / n_blocks for i in layers])
-    )
+    axes[0].stackplot(log["tokens"], shares.to_numpy().T, colors=[color.to_rgba(layer) for layer in layers])
     axes[0].set(title="layer shares in training (seed 0)", xlabel="training tokens", ylim=(0, 1))
-    scale = plt.cm.ScalarMappable(plt.Normalize(0, n_blocks), "viridis")
-    figure.colorbar(scale, ax=axes[0], label="block")
+    axes[0].xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes[0].margins(x=0)
+    figure.colorbar(color, ax=axes[0], label="block")
     seeds = [r.layer_share for name, r in results.items() if name.startswith("RouteSAE")]
     width = 0.8 / len(seeds)
     for i, share in enumerate(seeds):
@@ -167,7 +167,9 @@ def main(
     lm = rl.load_model(model, backend)
     n_blocks, d_model = rl.backend_of(lm).n_layers, rl.backend_of(lm).d_model
     blocks = rl.parse_layers(layers) if layers else rl.default_layers(n_blocks)
-    text = rl.load_text(rl.demo_text_path() if dataset == "demo" else dataset).shuffle(seed=0)
+    text = rl.load_text(dataset).shuffle(seed=0)
+    if "text" not in next(iter(text)):
+        raise typer.BadParameter(f"{dataset} has no column 'text'; token ids go into rl.train(...) directly")
     eval_ids = rl.held_out_tokens(
         lm,
         (row["text"] for row in text.take(held_out_documents)),
@@ -205,7 +207,7 @@ def main(
     log = pd.read_json(output / "log.jsonl", lines=True)
     log = log.dropna(subset=[f"{name}/losses/mse_loss" for name in saes])
     plot_curves(log, list(saes), output / "training_curves.png")
-    plot_shares(log, results, blocks, n_blocks, output / "layer_shares.png")
+    plot_shares(log, results, blocks, output / "layer_shares.png")
     summary = {
         "results": {name: result.to_dict() for name, result in results.items()},
         "seconds": {"training": None if finished else seconds, "all": time.perf_counter() - started},
