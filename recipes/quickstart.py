@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -34,8 +35,10 @@ METHODS = ("RouteSAE", "TopK", "Random")
 COLUMNS = {
     "l0": "L0",
     "norm_mse": "NormMSE",
+    "explained_variance": "explained variance",
     "kl": "KL (nats/token)",
     "kl_unscaled": "KL, unscaled splice",
+    "kl_authors": "KL, authors' sum",
     "delta_ce": "ΔCE",
     "ce_zero": "CE zero-ablated",
     "loss_recovered": "loss recovered",
@@ -86,7 +89,7 @@ def plot_shares(log: pd.DataFrame, results: dict[str, rl.Evaluation], layers: li
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     color = plt.cm.ScalarMappable(plt.Normalize(layers[0], max(layers[-1], layers[0] + 1)), "viridis")
     shares = log[[f"RouteSAE-seed0/metrics/layer_share/{layer}" for layer in layers]]
-    axes[0].stackplot(log["tokens"], shares.to_numpy().T, colors=[color.to_rgba(layer) for layer in layers])
+    axes[0].stackplot(log["tokens"], shares.to_numpy().T, colors=list(color.to_rgba(np.array(layers))))
     axes[0].set(title="layer shares in training (seed 0)", xlabel="training tokens", ylim=(0, 1))
     axes[0].xaxis.set_major_formatter(EngFormatter(sep=""))
     axes[0].margins(x=0)
@@ -139,6 +142,16 @@ def _finished(output: Path) -> bool:
     return record.exists() and json.loads(record.read_text())["status"] == "finished"
 
 
+def _claim(output: Path, options: dict[str, Any]) -> None:
+    """A folder belongs to one set of options; a run with others needs another one."""
+    record = output / "quickstart.json"
+    if record.exists() and (before := json.loads(record.read_text())) != options:
+        different = [f"{name}={before.get(name)}" for name in options if before.get(name) != options[name]]
+        raise typer.BadParameter(f"{output} holds a run with {', '.join(different)}; choose another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(options, indent=1))
+
+
 def main(
     model: Annotated[str, typer.Option(help="Hugging Face name, local folder, or 'demo'.")] = "demo",
     backend: Annotated[str, typer.Option(help="huggingface, bridge or hooked.")] = "huggingface",
@@ -155,15 +168,14 @@ def main(
     lr: Annotated[float, typer.Option(help="Peak learning rate of the 5/75/20 schedule.")] = 1e-3,
     seeds: Annotated[int, typer.Option(help="SAEs per method, all on the same tokens.")] = 1,
     held_out_documents: Annotated[int, typer.Option(help="Documents kept for the evaluation.")] = 100,
-    resume: Annotated[
-        bool, typer.Option(help="Go on where an earlier run in the same folder stopped.")
-    ] = True,
     output: Annotated[Path, typer.Option(help="Folder for SAEs, log, results and plots.")] = Path(
         "runs/quickstart"
     ),
 ) -> None:
     """Train RouteSAE, TopK at 3/4 depth and random routing together, then splice and compare them."""
+    options = {name: value for name, value in locals().items() if name != "output"}
     console, started = Console(), time.perf_counter()
+    _claim(output, options)
     lm = rl.load_model(model, backend)
     n_blocks, d_model = rl.backend_of(lm).n_layers, rl.backend_of(lm).d_model
     blocks = rl.parse_layers(layers) if layers else rl.default_layers(n_blocks)
@@ -183,7 +195,7 @@ def main(
 
     if finished := _finished(output):
         console.print(
-            f"[yellow]{output} holds a finished run: evaluating it; the training options above are ignored"
+            f"[yellow]{output} holds a finished run with these options: it is evaluated, not trained again"
         )
         trained = {name: SAE.load_from_disk(output / name, device=rl.default_device()) for name in saes}
     else:

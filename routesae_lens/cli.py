@@ -1,11 +1,11 @@
-"""``routesae-lens``: the command line. Heavy libraries are imported by the commands, so that help is quick."""
+"""``routesae-lens``: the command line."""
 
 from __future__ import annotations
 
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -214,11 +214,12 @@ def train(
     """Train a RouteSAE. Ctrl-C or SIGTERM leaves a checkpoint, from which --resume goes on."""
     options = _parse_options(sae_option or [])
     from routesae_lens.analysis.evaluate import SpliceEvaluator, held_out_tokens
-    from routesae_lens.hook_points import parse_layers
+    from routesae_lens.backends import backend_of
+    from routesae_lens.hook_points import layer_hook_name, parse_layers
     from routesae_lens.models import load_model
-    from routesae_lens.training.data import load_text
+    from routesae_lens.training.data import is_tokenized, load_text
     from routesae_lens.training.interruption import TrainingInterrupted
-    from routesae_lens.training.preflight import check_output
+    from routesae_lens.training.preflight import check_numbers, check_output
     from routesae_lens.training.train import train as run
 
     with one_line_errors(debug):
@@ -226,6 +227,7 @@ def train(
         options = {
             "site": site,
             "routing": routing,
+            "route_seed": seed,
             "fixed_layer": fixed_layer,
             "aggregator": aggregator,
             "loss": loss,
@@ -235,10 +237,30 @@ def train(
         held_out = (
             None if eval_dataset is None else load_text(eval_dataset, split=split, text_column=text_column)
         )
+        # Once without the model, which may take long to load, for what can be wrong without it.
+        trial = blocks or [fixed_layer or 0]
+        _config(
+            architecture,
+            lambda cls, **given: cls(d_in=8 * len(trial), layers=trial, **given),
+            d_sae or 8 * max(k, 8),
+            k,
+            options,
+        )
+        check_numbers(tokens, batch_size, context_size, buffer_tokens, lr, schedule, None)
         loaded = load_model(model, backend=backend, device=device, dtype=dtype)
-        config = _config(architecture, loaded, blocks, d_sae, k, options)
+        config = _config(
+            architecture,
+            lambda cls, **given: cls.for_model(loaded, layers=blocks, **given),
+            d_sae or 8 * backend_of(loaded).d_model,
+            k,
+            options,
+        )
         evaluator = None
         if held_out is not None:
+            if is_tokenized(held_out):
+                raise ValueError(f"--eval-dataset {eval_dataset} holds token ids; expected text")
+            for layer in config.layers:
+                layer_hook_name(loaded, layer, site)  # raises where this backend could not splice
             texts = (row.get("text") or row.get("problem") for row in held_out)
             sequences = held_out_tokens(loaded, texts, n_sequences=eval_sequences, context_size=context_size)
             evaluator = SpliceEvaluator(loaded, sequences)
@@ -288,37 +310,31 @@ def _parse_options(pairs: list[str]) -> dict[str, Any]:
         if not equals:
             raise typer.BadParameter(f"--sae-option {pair!r}: expected NAME=VALUE")
         try:
-            options[name] = json.loads(value)
+            options[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
         except json.JSONDecodeError:
             options[name] = value  # a plain word
     return options
 
 
-def _config(
-    architecture: str,
-    model: Any,
-    layers: list[int] | None,
-    d_sae: int | None,
-    k: int,
-    options: dict[str, Any],
-) -> Any:
+def _config(architecture: str, build: Callable[..., Any], d_sae: int, k: int, options: dict[str, Any]) -> Any:
+    """The SAE's config; ``build(config class, **fields)`` supplies layers and d_in."""
     from dataclasses import fields
 
-    from routesae_lens.backends import backend_of
     from routesae_lens.saes.architectures import ROUTE_ARCHITECTURES
 
     if architecture not in ROUTE_ARCHITECTURES:
         raise ValueError(f"unknown architecture {architecture!r}; known: {', '.join(ROUTE_ARCHITECTURES)}")
     config = ROUTE_ARCHITECTURES[architecture]
     known = {field.name: field for field in fields(config)}
+    for name in ("d_in", "d_sae", "layers"):
+        del known[name]  # they have options of their own
     unknown = set(options) - known.keys()
     if unknown:
         raise ValueError(
-            f"{architecture} has no option {', '.join(sorted(unknown))}; it has: {', '.join(sorted(known))}"
+            f"{architecture} takes no --sae-option {', '.join(sorted(unknown))}; it takes: {', '.join(sorted(known))}"
         )
-    d_sae = d_sae or 8 * backend_of(model).d_model
     if "k" in known:
         options = {"k": float(k) if known["k"].type in (float, "float") else k} | options
     if "matryoshka_widths" in known:
         options = {"matryoshka_widths": [d_sae // 8, d_sae // 4, d_sae // 2, d_sae]} | options
-    return config.for_model(model, layers=layers, d_sae=d_sae, **options)
+    return build(config, d_sae=d_sae, **options)

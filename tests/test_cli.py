@@ -58,7 +58,7 @@ def test_the_command_trains(arguments: list[str], tmp_path: Path):
         (["--layers", "1:9"], "between 0 and 5"),
         (["--routing", "loud"], "unknown routing 'loud'"),
         (["--backend", "jax"], "unknown backend 'jax'"),
-        (["--sae-option", "l1_coefficient=3"], "route_topk has no option l1_coefficient"),
+        (["--sae-option", "l1_coefficient=3"], "route_topk takes no --sae-option l1_coefficient"),
         (["--sae-option", "relu"], "expected NAME=VALUE"),
         (["--dataset", "missing.txt"], "no such file or folder"),
         (["--model", "/no/such/folder"], "/no/such/folder"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +128,7 @@ class Malicious:
 def test_code_in_a_checkpoint_is_not_executed(tmp_path):
     marker, path = tmp_path / "executed", tmp_path / "checkpoint.pt"
     torch.save({"router.weight": torch.zeros(5, 4), "sae.pre_bias": Malicious(marker)}, path)
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+    with pytest.raises(ValueError, match=r"no file of plain tensors .*nothing in it was run"):
         from_authors_checkpoint(path, layers=LAYERS, k=2)
     assert not marker.exists()
     torch.load(path, weights_only=False)

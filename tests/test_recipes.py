@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import typer
 
 from routesae_lens.demo import demo_text_path
 
@@ -64,7 +65,9 @@ def test_quickstart(tiny_llama_dir, text, tmp_path, capsys):
     log = (tmp_path / "run/log.jsonl").read_text()
     quickstart.main(**options)
     again = json.loads((tmp_path / "run/results.json").read_text())
-    assert "holds a finished run" in capsys.readouterr().out.replace("\n", " ")
+    with pytest.raises(typer.BadParameter, match="holds a run with k=4; choose another --output"):
+        quickstart.main(**options | {"k": 5})
+    assert "holds a finished run" in " ".join(capsys.readouterr().out.split())
     assert (tmp_path / "run/log.jsonl").read_text() == log
     assert again["results"]["RouteSAE-seed0"]["kl"] == pytest.approx(route["kl"], rel=1e-4)
 

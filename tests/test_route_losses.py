@@ -244,6 +244,20 @@ def test_the_straight_through_target_is_detached(architecture):
     assert got.abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("loss", ["normalized_mse", "mse"])
+def test_the_straight_through_target_is_detached_in_the_gated_auxiliary_loss(loss):
+    sae = make("gated", routing="straight_through", loss=loss)
+    aux = step(sae, stacks(9)).losses["auxiliary_reconstruction_loss"]
+    (got,) = torch.autograd.grad(aux, sae.W_router)
+    x = sae.route(stacks(9)).input
+    target = x.detach()
+    gate = torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_gate)
+    error = (gate @ sae.W_dec + sae.b_dec - target).pow(2).sum(-1)
+    by_hand = (error if loss == "mse" else error / target.pow(2).sum(-1)).mean()
+    torch.testing.assert_close(aux, by_hand)
+    torch.testing.assert_close(got, torch.autograd.grad(by_hand, sae.W_router)[0])
+
+
 def test_the_hard_target_is_attached():
     """As in the authors' code, where the normalised loss hardly moves the router while biases are zero."""
     sae = make("topk")

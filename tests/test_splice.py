@@ -796,6 +796,7 @@ def test_starting_and_stopping_on_hookedtransformer(hooked: HookedRouteSAETransf
         stopped = hooked(TOKENS, stop_at_layer=3)
         torch.testing.assert_close(stopped, cache["blocks.3.hook_resid_pre"], rtol=0, atol=0)
         loss = hooked(TOKENS, return_type="loss", loss_per_token=True)
+        assert torch.equal(hooked(TOKENS, "loss", True), loss)  # as HookedTransformer takes them
         expected = torch.nn.functional.cross_entropy(logits[:, :-1].mT, TOKENS[:, 1:], reduction="none")
         torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
 

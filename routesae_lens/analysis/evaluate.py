@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
 from itertools import islice
 from typing import Any
 
@@ -66,6 +67,10 @@ def evaluate_all(
     """
     if not saes:
         raise ValueError("no SAEs to evaluate")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    if attached := sorted(getattr(model, "acts_to_saes", {})):
+        raise ValueError(f"SAEs are attached to the model at {attached}; call model.reset_saes() first")
     check_tokens(tokens, model)
     keep_all = kept_tokens(tokens, model, exclude_special_tokens, exclude_first_position)
     if not keep_all.any():
@@ -107,6 +112,8 @@ def held_out_tokens(
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise ValueError("the model has no tokenizer; give token ids instead of text")
+    if n_sequences < 1:
+        raise ValueError(f"n_sequences must be 1 or more, got {n_sequences}")
     documents = (
         torch.tensor(ids, dtype=torch.long)
         for text in texts
@@ -151,6 +158,9 @@ class SpliceEvaluator:
     def __init__(self, model: Any, tokens: Int[Tensor, "sequence pos"], **options: Any):
         """``options`` go to :func:`evaluate_all`."""
         check_tokens(tokens, model)
+        signature(evaluate_all).bind(
+            {}, model, tokens, **options
+        )  # a TypeError now rather than in mid-training
         self.model, self.tokens = model, tokens
         self.options = {"progress": False, **options}
 
@@ -211,6 +221,10 @@ def _run_hooked(model: Any, tokens: Tensor, hooks: list[tuple[str, Hook]]) -> Te
 def check_tokens(tokens: Tensor, model: Any) -> None:
     """Raise a ValueError unless ``tokens`` are ids this model can read, (sequence, pos)."""
     backend_of(model)
+    if not isinstance(tokens, Tensor) or tokens.dtype == torch.bool:
+        raise ValueError(
+            f"expected a tensor of token ids, got {getattr(tokens, 'dtype', type(tokens).__name__)}"
+        )
     if tokens.ndim != 2 or tokens.is_floating_point() or 0 in tokens.shape or tokens.shape[1] < 2:
         raise ValueError(
             "expected token ids of shape (sequence, pos) with at least 2 positions, got "
@@ -233,8 +247,12 @@ def _special_ids(tokens: Tensor, model: Any, exclude: bool | list[int]) -> Tenso
     elif exclude is True:
         tokenizer = getattr(model, "tokenizer", None)
         ids = get_special_token_ids(tokenizer) if tokenizer is not None else []
-    else:
+    elif isinstance(exclude, list):
         ids = exclude
+    else:
+        raise ValueError(
+            f"exclude_special_tokens must be True, False or a list of token ids, got {exclude!r}"
+        )
     return torch.tensor(ids, dtype=tokens.dtype, device=tokens.device)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from routesae_lens.hook_points import SITES, layer_hook_name, split_layers
 from routesae_lens.saes.route_sae import RouteSAE, inference_form
 from routesae_lens.saes.router import Route, standardize
-from routesae_lens.splice.replace import Hook, splice_hooks
+from routesae_lens.splice.replace import Hook, check_device, splice_hooks
 
 
 @dataclass
@@ -49,6 +49,11 @@ class Subject(Protocol):
 def subject_of(sae: Any, model: Any) -> Subject:
     if isinstance(sae, TrainingSAE):
         sae = inference_form(sae)
+    if isinstance(sae, SAE):
+        bad = [name for name, weights in sae.named_parameters() if not torch.isfinite(weights).all()]
+        if bad:
+            raise ValueError(f"{type(sae).__name__} has NaN or infinite weights: {', '.join(bad)}")
+        check_device(sae, model)
     if isinstance(sae, RouteSAE):
         return _RoutedSubject(sae, model)
     if isinstance(sae, SAE):

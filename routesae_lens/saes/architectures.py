@@ -216,19 +216,17 @@ class RouteGatedTrainingSAEConfig(RouteTrainingFields, GatedTrainingSAEConfig):
 
 
 class RouteGatedTrainingSAE(RouteTrainingSAE, GatedTrainingSAE):
-    def _normalized_aux_loss(
-        self,
-        step_input: TrainStepInput,
-        feature_acts: Tensor,
-        hidden_pre: Tensor,
-        sae_out: Tensor,
-        norm: Tensor,
+    def calculate_aux_loss(
+        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:
-        # Both terms go through encoder biases, so dividing the input would not divide the loss.
+        # SAELens' terms, written out: both go through encoder biases, so dividing the input would not divide
+        # them, and its reconstruction compares with the very tensor that is encoded.
         x = step_input.sae_in
+        target = self._target(x)
+        norm: Any = 1.0 if self.cfg.loss == "mse" else target.norm(dim=-1, keepdim=True).clamp_min(1e-6)
         gate = torch.relu((x - self.b_dec * self.cfg.apply_b_dec_to_input) @ self.W_enc + self.b_gate)
         l1 = (gate * self.W_dec.norm(dim=1)).sum(-1, keepdim=True) / norm
-        error = (gate @ self.W_dec + self.b_dec - x) / norm
+        error = (gate @ self.W_dec + self.b_dec - target) / norm
         return {
             "l1_loss": step_input.coefficients["l1"] * l1.mean(),
             "auxiliary_reconstruction_loss": error.pow(2).sum(-1).mean(),

@@ -56,7 +56,14 @@ def from_authors_checkpoint(
             f"got {aggregator!r} and {routing!r}"
         )
     layers = check_layers(layers)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # of many types; torch's own text advises to load it unsafely
+        raise ValueError(
+            f"{path} is no file of plain tensors ({type(error).__name__}); nothing in it was run"
+        ) from error
     found = set(state) if isinstance(state, dict) else type(state).__name__
     if found != _KEYS:
         raise ValueError(

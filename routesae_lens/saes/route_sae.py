@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -70,6 +70,14 @@ class RouteFields:
             self.metadata = SAEMetadata(**self.metadata)
         super().__post_init__()  # type: ignore[misc]
         cfg: Any = self
+        for given in fields(cfg):
+            value = getattr(cfg, given.name)
+            if isinstance(given.default, bool) and not isinstance(value, bool):
+                raise ValueError(f"{given.name} must be True or False, got {value!r}")
+            if given.type in (int, "int") and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"{given.name} must be an integer, got {value!r}")
+        if cfg.d_in < 1 or cfg.d_sae < 1:
+            raise ValueError(f"d_in and d_sae must be positive, got {cfg.d_in} and {cfg.d_sae}")
         self.layers = check_layers(self.layers)
         for name, known in (
             ("site", SITES),
@@ -290,13 +298,16 @@ class RouteTrainingSAE(Routed, TrainingSAE[Any]):
     def _reconstruction_loss(
         self, preds: Float[Tensor, "*batch d_model"], target: Float[Tensor, "*batch d_model"]
     ) -> Float[Tensor, "*batch d_model"]:
-        if self.cfg.routing == "straight_through":
-            # With the target attached, the normalised loss would be scale-free and the router learn nothing.
-            target = target.detach()
+        target = self._target(target)
         error = (preds - target).pow(2)
         if self.cfg.loss == "mse":
             return error
         return error / target.pow(2).sum(-1, keepdim=True).clamp_min(1e-12)
+
+    def _target(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """What reconstructions are compared with, and whether the router has a part in it."""
+        # Attached, the normalised loss of straight_through would be scale-free and the router learn nothing.
+        return x.detach() if self.cfg.routing == "straight_through" else x
 
     def calculate_aux_loss(
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
@@ -306,11 +317,8 @@ class RouteTrainingSAE(Routed, TrainingSAE[Any]):
             return {}  # SAELens would compute it and multiply by zero
         if self.cfg.loss == "mse":
             return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
-        x = step_input.sae_in
-        if self.cfg.routing == "straight_through":
-            x = x.detach()  # as the target of the reconstruction loss
-        # Otherwise with its gradient: a constant norm would reward the router for shrinking p.
-        norm = x.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+        # The norm keeps its gradient (but for straight_through): as a constant it would reward shrinking p.
+        norm = self._target(step_input.sae_in).norm(dim=-1, keepdim=True).clamp_min(1e-6)
         return self._normalized_aux_loss(step_input, feature_acts, hidden_pre, sae_out, norm)
 
     def _normalized_aux_loss(

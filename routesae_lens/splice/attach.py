@@ -27,6 +27,7 @@ from routesae_lens.hook_points import LayersHookPoint, layer_hook_name, mounted_
 from routesae_lens.saes.route_sae import Routed, RouteSAE, RouteTrainingSAE
 from routesae_lens.saes.router import Route
 from routesae_lens.splice.layer_view import LayerSplice
+from routesae_lens.splice.replace import check_device
 
 Exclude = bool | list[int] | None
 """Tokens a RouteSAE leaves alone: special ones (True), listed ids, none (False), or as in training (None)."""
@@ -111,7 +112,7 @@ class RouteSplicing:
 
     def add_sae(
         self,
-        sae: SAE[Any],
+        sae: Any,
         use_error_term: bool | None = None,
         exclude_special_tokens: Exclude = None,
         scale_by_p: bool = True,
@@ -135,6 +136,8 @@ class RouteSplicing:
             ValueError: the hook does not exist or is taken, or the SAE does not fit the model.
             TypeError: a training RouteSAE, or an option that the SAE has no use for.
         """
+        if not isinstance(sae, SAE):
+            raise TypeError(f"expected a SAELens SAE, transcoder or RouteSAE, got {type(sae).__name__}")
         if isinstance(sae, RouteTrainingSAE):
             raise TypeError(
                 f"{type(sae).__name__} is a training SAE. Attach inference_form(sae) "
@@ -150,6 +153,7 @@ class RouteSplicing:
         parent.add_sae(sae, use_error_term=use_error_term, **self._ordinary_options(exclude_special_tokens))
 
     def _attach(self, sae: RouteSAE, use_error_term: bool | None, exclude: Exclude, scale_by_p: bool) -> str:
+        check_device(sae, self)
         excluded = self._excluded_ids(sae, exclude)
         before = mounted_points(self)
         point = sae.mount(self)

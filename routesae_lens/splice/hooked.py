@@ -47,6 +47,12 @@ class HookedRouteSAETransformer(RouteSplicing, HookedSAETransformer):
         _hook_mlp_inputs(model)
         return model
 
+    def forward(
+        self, input: Any, return_type: str | None = "logits", loss_per_token: bool = False, **kwargs: Any
+    ) -> Any:
+        """As :meth:`RouteSplicing.forward`."""
+        return super().forward(input, return_type=return_type, loss_per_token=loss_per_token, **kwargs)
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """HookedTransformer.generate; with a RouteSAE attached only with ``use_past_kv_cache=False``.
 

@@ -21,6 +21,13 @@ from routesae_lens.saes.router import Route, standardize
 Hook = Callable[..., Tensor]
 
 
+def check_device(sae: Any, model: Any) -> None:
+    """Raise a ValueError where SAE and model are on different kinds of devices."""
+    ours, theirs = sae.W_dec.device, next(model.parameters()).device
+    if ours.type != theirs.type:
+        raise ValueError(f"the SAE is on {ours}, the model on {theirs}: sae.to({str(theirs)!r}) moves it")
+
+
 def reconstruct(
     sae: Routed,
     x: Float[Tensor, "*batch d_model"],

@@ -45,13 +45,21 @@ def check_numbers(
     lr: float,
     schedule: str,
     context_limit: int | None,
+    **at_least: tuple[Any, int],
 ) -> None:
-    """Raises ValueError for sizes that cannot work together."""
-    if batch_size < 1 or context_size < 2 or lr <= 0:
-        raise ValueError(
-            "batch_size must be 1 or more, context_size 2 or more and lr positive; "
-            f"got {batch_size}, {context_size}, {lr}"
-        )
+    """Raises ValueError for sizes that cannot work; ``at_least`` holds further ones with their minimum."""
+    sizes: dict[str, tuple[Any, int]] = {
+        "training_tokens": (training_tokens, 1),
+        "batch_size": (batch_size, 1),
+        "context_size": (context_size, 2),
+        "buffer_tokens": (buffer_tokens, 1),
+        **at_least,
+    }
+    for name, (size, minimum) in sizes.items():
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < minimum):
+            raise ValueError(f"{name} must be an integer, {minimum} or more; got {size!r}")
+    if lr <= 0:
+        raise ValueError(f"lr must be positive, got {lr}")
     if training_tokens < batch_size:
         raise ValueError(f"training_tokens = {training_tokens} is less than one batch of {batch_size} tokens")
     if buffer_tokens is not None and buffer_tokens < 2 * batch_size:

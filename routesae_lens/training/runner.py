@@ -122,6 +122,7 @@ class RouteSAETrainingRunner(MultiSAETrainingRunner):
             # Here and not where the weights are loaded: a prefetcher starts reading at once.
             self._resumed[1].check_same(self.identity)
             self.buffer.load_state_dict(self._resumed[1].data)
+            self._resumed[1].data.clear()  # or a second copy of the buffer would stay for the whole run
 
     def run(self) -> dict[str, TrainingSAE[Any]]:
         """Train, or go on training, and save the inference SAEs under ``cfg.output_path``.

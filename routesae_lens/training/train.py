@@ -132,10 +132,25 @@ def train(
     backend = backend_of(model)
     output = Path(output)
     configs = checked_configs(sae_configs)
-    steps = training_tokens // batch_size if batch_size > 0 else 0
     check_numbers(
-        training_tokens, batch_size, context_size, buffer_tokens, lr, schedule, context_limit(model)
+        training_tokens,
+        batch_size,
+        context_size,
+        buffer_tokens,
+        lr,
+        schedule,
+        context_limit(model),
+        lm_batch_size=(lm_batch_size, 1),
+        unit_norm_every=(unit_norm_every, 0),
+        log_every=(log_every, 1),
+        eval_every=(eval_every, 0),
+        checkpoint_every=(checkpoint_every, 0),
     )
+    steps = training_tokens // batch_size
+    if evaluator is not None and not callable(evaluator):
+        raise TypeError(f"evaluator must be callable, for instance a SpliceEvaluator; got {evaluator!r}")
+    if isinstance(seed, Mapping) and set(seed) != set(configs):
+        raise ValueError(f"seed names {sorted(seed)}, the SAEs are {sorted(configs)}")
     check_output(output, configs, resume)
     text = load_text(dataset)
     if getattr(model, "tokenizer", None) is None and not is_tokenized(text):
@@ -145,7 +160,7 @@ def train(
         )
     hooks = {name: _hook_name(model, name, cfg) for name, cfg in configs.items()}
     device = device or str(next(model.parameters()).device)
-    seeds = {name: seed.get(name, 0) if isinstance(seed, Mapping) else seed for name in configs}
+    seeds = dict(seed) if isinstance(seed, Mapping) else dict.fromkeys(configs, seed)
     run_seed = min(seeds.values())
     saes = {name: _build(cfg, seeds[name], device, init_from) for name, cfg in configs.items()}
     every = windows(steps)
