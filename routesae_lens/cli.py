@@ -190,7 +190,8 @@ def train(
     eval_dataset: Annotated[
         str | None,
         typer.Option(
-            help="Held-out text to evaluate on (like --dataset); none by default.", rich_help_panel=RUN
+            help="Text to evaluate on (like --dataset); by default the first documents of --dataset, held out.",
+            rich_help_panel=RUN,
         ),
     ] = None,
     eval_every: Annotated[
@@ -198,7 +199,10 @@ def train(
         typer.Option(help="Steps between evaluations; a fifth of the run by default.", rich_help_panel=RUN),
     ] = None,
     eval_sequences: Annotated[
-        int, typer.Option(help="Sequences of context_size tokens per evaluation.", rich_help_panel=RUN)
+        int,
+        typer.Option(
+            help="Sequences of context_size tokens per evaluation; 0: no evaluation.", rich_help_panel=RUN
+        ),
     ] = 16,
     wandb_project: Annotated[
         str | None, typer.Option(help="Also log to this Weights & Biases project.", rich_help_panel=RUN)
@@ -234,9 +238,13 @@ def train(
         } | options
         check_output(output, [architecture], resume)
         text = load_text(dataset, split=split, text_column=text_column)
-        held_out = (
-            None if eval_dataset is None else load_text(eval_dataset, split=split, text_column=text_column)
-        )
+        held_out = text
+        if eval_dataset is not None:
+            held_out = load_text(eval_dataset, split=split, text_column=text_column)
+            if is_tokenized(held_out):
+                raise ValueError(f"--eval-dataset {eval_dataset} holds token ids; expected text")
+        if resume and not output.exists():
+            typer.echo(f"nothing to resume in {output}: starting from the beginning", err=True)
         # Once without the model, which may take long to load, for what can be wrong without it.
         trial = blocks or [fixed_layer or 0]
         _config(
@@ -256,13 +264,15 @@ def train(
             options,
         )
         evaluator = None
-        if held_out is not None:
-            if is_tokenized(held_out):
-                raise ValueError(f"--eval-dataset {eval_dataset} holds token ids; expected text")
+        if eval_sequences and not is_tokenized(held_out):
             for layer in config.layers:
                 layer_hook_name(loaded, layer, site)  # raises where this backend could not splice
-            texts = (row.get("text") or row.get("problem") for row in held_out)
-            sequences = held_out_tokens(loaded, texts, n_sequences=eval_sequences, context_size=context_size)
+            documents = _Counted(row.get("text") or row.get("problem") for row in held_out)
+            sequences = held_out_tokens(
+                loaded, documents, n_sequences=eval_sequences, context_size=context_size
+            )
+            if eval_dataset is None:
+                text = text.skip(documents.count)
             evaluator = SpliceEvaluator(loaded, sequences)
         try:
             result = run(
@@ -301,6 +311,18 @@ def train(
     typer.echo(
         f"{result.paths[architecture]}: {result.steps} steps, {result.tokens} tokens; log: {result.log}"
     )
+
+
+class _Counted(Iterator[str]):
+    """``texts``, and how many of them were taken."""
+
+    def __init__(self, texts: Iterator[str]):
+        self.texts, self.count = texts, 0
+
+    def __next__(self) -> str:
+        text = next(self.texts)
+        self.count += 1
+        return text
 
 
 def _parse_options(pairs: list[str]) -> dict[str, Any]:

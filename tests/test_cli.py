@@ -50,6 +50,19 @@ def test_the_command_trains(arguments: list[str], tmp_path: Path):
     assert any("eval" in key for line in TrainingLog(tmp_path / "run" / "log.jsonl").read() for key in line)
 
 
+def test_without_eval_dataset_the_first_documents_are_held_out(arguments: list[str], tmp_path: Path):
+    done = CliRunner().invoke(app, [*arguments, "--eval-sequences", "3"])
+    assert done.exit_code == 0, done.output
+    lines = TrainingLog(tmp_path / "run" / "log.jsonl").read()
+    assert sum("route_topk/eval/kl" in line for line in lines) == 5
+    none = CliRunner().invoke(app, [*arguments, "--eval-sequences", "0", "--output", str(tmp_path / "none")])
+    assert none.exit_code == 0, none.output
+    lines = TrainingLog(tmp_path / "none" / "log.jsonl").read()
+    assert not any("route_topk/eval/kl" in line for line in lines)
+    everything = CliRunner().invoke(app, [*arguments, "--eval-sequences", "10000", "--output", "no"])
+    assert everything.exit_code == 2 and "10000 are asked for" in everything.output.replace("\n", " ")
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

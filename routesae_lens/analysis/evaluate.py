@@ -53,7 +53,7 @@ def evaluate_all(
         saes: RouteSAEs and ordinary SAELens SAEs; training SAEs are converted to their inference form.
         model: a HookedTransformer, TransformerBridge or HookedProxyLM. Points not yet mounted are mounted.
         tokens: held-out token ids (see :func:`held_out_tokens`).
-        batch_size: sequences per forward.
+        batch_size: sequences per forward. Only random routing depends on it: it draws anew for every batch.
         exclude_special_tokens: leave the tokenizer's special tokens (or these ids) out of the splice and all means.
         exclude_first_position: likewise position 0, whose norm is ~100 times the median.
         scale_by_p: splice consistently with training; False for the authors' unscaled splice.

@@ -75,7 +75,7 @@ def kl_of_log_probs(
 
 
 class Tally:
-    """Sums and counts in float64, so that nothing depends on the batch size."""
+    """Sums and counts in float64, so that batches may be of any size."""
 
     def __init__(self, subject: Subject):
         self.subject = subject
