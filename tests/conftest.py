@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
     from transformer_lens.model_bridge import TransformerBridge
 
+    from routesae_lens.splice.hooked import HookedRouteSAETransformer, RouteSAETransformerBridge
+
 torch.set_num_threads(1)  # several workers, tiny models: threads only get into each other's way
 
 ROOT = Path(__file__).parents[1]
@@ -129,3 +131,23 @@ def tiny_proxy(tiny_llama_dir: Path) -> HookedProxyLM:
 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
     return HookedProxyLM(model, AutoTokenizer.from_pretrained(tiny_llama_dir)).eval()
+
+
+@pytest.fixture
+def hooked(tiny_hooked: HookedTransformer) -> HookedRouteSAETransformer:
+    from routesae_lens.splice.hooked import HookedRouteSAETransformer
+
+    return HookedRouteSAETransformer.from_model(tiny_hooked)
+
+
+@pytest.fixture
+def bridge(tiny_bridge: TransformerBridge) -> RouteSAETransformerBridge:
+    from routesae_lens.splice.hooked import RouteSAETransformerBridge
+
+    return RouteSAETransformerBridge.from_model(tiny_bridge)
+
+
+@pytest.fixture(params=["hooked", "bridge"])
+def model(request: pytest.FixtureRequest):
+    """Both model classes that carry RouteSAEs."""
+    return request.getfixturevalue(request.param)

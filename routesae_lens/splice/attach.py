@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from sae_lens import SAE
 from sae_lens.analysis.hooked_sae_transformer import (
     _SAEWrapper,
@@ -26,65 +25,12 @@ from transformer_lens.hook_points import HookPoint
 from routesae_lens.hook_points import LayersHookPoint, layer_hook_name, mounted_points, unmount_layers
 from routesae_lens.saes.route_sae import Routed, RouteSAE, RouteTrainingSAE
 from routesae_lens.saes.router import Route
+from routesae_lens.splice.attached import Attached
 from routesae_lens.splice.layer_view import LayerSplice
 from routesae_lens.splice.replace import check_device
 
 Exclude = bool | list[int] | None
 """Tokens a RouteSAE leaves alone: special ones (True), listed ids, none (False), or as in training (None)."""
-
-
-@dataclass
-class _Attached:
-    """A RouteSAE on a model."""
-
-    sae: RouteSAE
-    mounted: bool
-    """Whether attaching mounted the multi-layer hook point, so that detaching must unmount it."""
-    scale_by_p: bool
-    excluded: list[int]
-    positions: slice
-    splices: dict[str, LayerSplice]
-    """By the layer's hook name."""
-
-    @contextmanager
-    def bypassed(self) -> Iterator[None]:
-        for splice in self.splices.values():
-            splice.rows.bypass = True
-        try:
-            yield
-        finally:
-            for splice in self.splices.values():
-                splice.rows.bypass = False
-
-    @contextmanager
-    def routed(self, route: Route, tokens: Int[Tensor, "batch pos"] | None) -> Iterator[None]:
-        """Let the splices replace the tokens of ``route``, but special tokens and those out of training."""
-        keep = self._keep(route, tokens)
-        scale = route.scale if self.scale_by_p else torch.ones_like(route.scale)
-        try:
-            for splice in self.splices.values():
-                splice.rows.here, splice.rows.scale = (route.layer == splice.index) & keep, scale
-            yield
-        finally:
-            for splice in self.splices.values():
-                splice.rows.here = splice.rows.scale = None
-
-    def _keep(self, route: Route, tokens: Int[Tensor, "batch pos"] | None) -> Bool[Tensor, "batch pos"]:
-        keep = torch.zeros_like(route.layer, dtype=torch.bool)
-        keep[:, self.positions] = True
-        if not self.excluded:
-            return keep
-        if tokens is None:
-            raise ValueError(
-                f"this RouteSAE leaves the tokens {self.excluded} alone, but the model was given embeddings, "
-                "not token ids. Give token ids (HookedTransformer.forward also takes tokens=...), or attach it "
-                "with exclude_special_tokens=False."
-            )
-        if tokens.shape != keep.shape:
-            raise ValueError(
-                f"tokens have shape {tuple(tokens.shape)}, expected {tuple(keep.shape)} (batch, pos)"
-            )
-        return keep & ~torch.isin(tokens.to(keep.device), torch.tensor(self.excluded, device=keep.device))
 
 
 class RouteSplicing:
@@ -104,7 +50,7 @@ class RouteSplicing:
         return {point: attached.sae for point, attached in self._attached.items()}
 
     @property
-    def _attached(self) -> dict[str, _Attached]:
+    def _attached(self) -> dict[str, Attached]:
         # Made on demand: SAELens and from_model turn a model into ours without calling __init__.
         return self.__dict__.setdefault("_attached_route_saes", {})
 
@@ -159,7 +105,7 @@ class RouteSplicing:
         point = sae.mount(self)
         if point in self._attached:
             raise ValueError(f"a RouteSAE is already attached to the layers {sae.layers} ({point})")
-        attached = _Attached(
+        attached = Attached(
             sae=sae,
             mounted=point not in before,
             scale_by_p=scale_by_p,
