@@ -14,7 +14,7 @@ from sae_lens import SAE, LanguageModelSAERunnerConfig, LanguageModelSAETraining
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
 
 from routesae_lens.analysis.evaluate import SpliceEvaluator
-from routesae_lens.hook_points import mount_layers
+from routesae_lens.hook_points import mount_layers, mounted_points
 from routesae_lens.saes.architectures import ROUTE_ARCHITECTURES
 from routesae_lens.saes.route_sae import RouteSAE, inference_form
 
@@ -70,6 +70,35 @@ def test_single_runner(tiny_hooked, data, tmp_path, architecture):
     stack = torch.randn(7, 3 * 32)
     assert torch.equal(loaded(stack), inference_form(trained)(stack))
     assert torch.equal(loaded.route(stack).layer, trained.route(stack).layer)
+
+
+def test_the_runners_mount_a_point_that_is_not_there(tiny_hooked, data, tmp_path):
+    sae = config(tiny_hooked, "route_topk")
+    assert mounted_points(tiny_hooked) == []
+    cfg = LanguageModelSAERunnerConfig(
+        sae=sae,
+        hook_name=sae.metadata.hook_name,
+        output_path=str(tmp_path),
+        logger=LoggingConfig(log_to_wandb=False),
+        verbose=False,
+        **COMMON,
+    )
+    LanguageModelSAETrainingRunner(cfg, override_dataset=data, override_model=tiny_hooked).run()
+    assert mounted_points(tiny_hooked) == [sae.metadata.hook_name]
+    cfg.hook_name = sae.metadata.hook_name.replace("blocks", "model.layers")
+    with pytest.raises(
+        ValueError, match=r"is called 'blocks\.4\.hook_resid_post_stack_1to2_4' on this model"
+    ):
+        LanguageModelSAETrainingRunner(cfg, override_dataset=data, override_model=tiny_hooked)
+    several = MultiSAETrainingRunnerConfig(
+        saes={"a": config(tiny_hooked, "route_topk")},
+        hook_names=cfg.hook_name,
+        output_path=None,
+        logger=LoggingConfig(log_to_wandb=False),
+        **COMMON,
+    )
+    with pytest.raises(ValueError, match="is called"):
+        MultiSAETrainingRunner(several, override_dataset=data, override_model=tiny_hooked)
 
 
 @pytest.mark.parametrize("prefetch", [False, True])
