@@ -85,8 +85,21 @@ def test_other_saes_pass_through(tiny_hooked, tiny_proxy):
         store_of(tiny_hooked, stock)
 
 
-def test_it_is_installed_once():
-    installed = ActivationsStore.from_sae.__func__
+def test_loading_the_module_again_wraps_saelens_own_methods_once(tiny_hooked):
     importlib.reload(store_module)
-    assert ActivationsStore.from_sae.__func__ is installed
-    assert installed.__wrapped__.__module__ == "sae_lens.training.activations_store"
+    for name in ("from_sae", "from_config", "from_config_multi_hook"):
+        installed = getattr(ActivationsStore, name).__func__
+        assert installed.__module__ == store_module.__name__
+        assert installed.__wrapped__.__module__ == "sae_lens.training.activations_store"
+        assert not hasattr(installed.__wrapped__, "__wrapped__")
+    hook = "blocks.4.hook_resid_post_stack_2_4"
+    store = ActivationsStore.from_config_multi_hook(
+        tiny_hooked,
+        dataset=Dataset.from_dict({"tokens": [[5] * 8] * 8}),
+        hook_names=[hook],
+        hook_d_ins={hook: 64},
+        context_size=8,
+        streaming=False,
+    )
+    acts = store.get_multi_hook_activations(store.get_batch_tokens(2))
+    assert acts[hook].shape == (2, 8, 64)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import wraps
+from inspect import unwrap
 from typing import Any
 
 from sae_lens import ActivationsStore
@@ -17,9 +18,10 @@ from sae_lens import ActivationsStore
 from routesae_lens.hook_points import mount_layers, parse_stack_name
 from routesae_lens.saes.route_sae import Routed
 
-_from_sae: Any = ActivationsStore.from_sae.__func__
-_from_config: Any = ActivationsStore.from_config.__func__
-_from_config_multi_hook: Any = ActivationsStore.from_config_multi_hook.__func__
+# SAELens' own, also when this module is loaded again and finds its wrappers in their place.
+_from_sae: Any = unwrap(ActivationsStore.from_sae.__func__)
+_from_config: Any = unwrap(ActivationsStore.from_config.__func__)
+_from_config_multi_hook: Any = unwrap(ActivationsStore.from_config_multi_hook.__func__)
 
 
 def _mount(model: Any, hook_names: Iterable[str]) -> None:
@@ -51,6 +53,5 @@ def from_config_multi_hook(cls: Any, model: Any, **kwargs: Any) -> ActivationsSt
     return _from_config_multi_hook(cls, model, **kwargs)
 
 
-if not hasattr(_from_sae, "__wrapped__"):  # once, also when the module is loaded again
-    for method in (from_sae, from_config, from_config_multi_hook):
-        setattr(ActivationsStore, method.__name__, classmethod(method))
+for method in (from_sae, from_config, from_config_multi_hook):
+    setattr(ActivationsStore, method.__name__, classmethod(method))
