@@ -89,7 +89,7 @@ def test_loading_the_module_again_wraps_saelens_own_methods_once(tiny_hooked):
     importlib.reload(store_module)
     for name in ("from_sae", "from_config", "from_config_multi_hook"):
         installed = getattr(ActivationsStore, name).__func__
-        assert installed.__module__ == store_module.__name__
+        assert installed.__globals__["__name__"] == store_module.__name__
         assert installed.__wrapped__.__module__ == "sae_lens.training.activations_store"
         assert not hasattr(installed.__wrapped__, "__wrapped__")
     hook = "blocks.4.hook_resid_post_stack_2_4"
