@@ -88,11 +88,10 @@ def test_other_saes_pass_through(tiny_hooked, tiny_proxy):
 def test_loading_the_module_again_wraps_saelens_own_methods_once(tiny_hooked):
     importlib.reload(store_module)
     for name in ("from_sae", "from_config", "from_config_multi_hook"):
-        function, ours = getattr(ActivationsStore, name).__func__, 0
-        while hasattr(function, "__wrapped__"):  # (the checks of shapes wrap, too)
-            ours += function.__globals__["__name__"] == store_module.__name__
-            function = function.__wrapped__
-        assert ours == 1 and function.__globals__["__name__"] == "sae_lens.training.activations_store"
+        installed = getattr(ActivationsStore, name).__func__
+        stock = installed.__wrapped__  # (what wraps us in the tests, for the shapes, keeps this)
+        assert installed.__globals__ is not stock.__globals__ and not hasattr(stock, "__wrapped__")
+        assert stock.__globals__["__name__"] == "sae_lens.training.activations_store"
     hook = "blocks.4.hook_resid_post_stack_2_4"
     store = ActivationsStore.from_config_multi_hook(
         tiny_hooked,
