@@ -25,11 +25,6 @@ from routesae_lens.hook_points import (
 
 
 @pytest.fixture
-def model(request: pytest.FixtureRequest):
-    return request.getfixturevalue(request.param)
-
-
-@pytest.fixture
 def sae_model(request: pytest.FixtureRequest):
     """The two model classes that splice SAEs."""
     model = request.getfixturevalue(request.param)

@@ -19,11 +19,6 @@ from routesae_lens.hook_points import (
 )
 
 
-@pytest.fixture
-def model(request: pytest.FixtureRequest):
-    return request.getfixturevalue(request.param)
-
-
 def assert_clean(model, name: str, before: list[str]) -> None:
     assert mounted_points(model) == [] and list(model.hook_dict) == before
     root = getattr(model, "model", model)

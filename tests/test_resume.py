@@ -26,17 +26,8 @@ STEPS, BATCH = 24, 64
 
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:To copy construct", "ignore:the data holds", "ignore:end of the data"),
 ]
-
-
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # several are slower on tensors as small as these
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny_model(seed: int = 0) -> HookedTransformer:

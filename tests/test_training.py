@@ -20,18 +20,9 @@ from routesae_lens.training.schedules import Schedule, paper_schedule, windows
 from routesae_lens.training.train import TrainingResult, train
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:To copy construct", "ignore:the data holds", "ignore:end of the data"),
 ]
 CONTEXT, BATCH = 16, 32
-
-
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # several are slower on tensors as small as these
-    yield
-    torch.set_num_threads(before)
 
 
 def token_rows(n: int = 60, column: str = "tokens") -> Dataset:
