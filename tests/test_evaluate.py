@@ -14,13 +14,12 @@ from safetensors.torch import load_file
 
 from routesae_lens.analysis.evaluate import (
     SpliceEvaluator,
-    check_tokens,
     evaluate,
     evaluate_all,
     held_out_tokens,
-    kept_tokens,
 )
 from routesae_lens.analysis.metrics import kl_per_token
+from routesae_lens.analysis.stream import check_tokens, kept_tokens
 from routesae_lens.analysis.subjects import subject_of
 from routesae_lens.models import BACKENDS, load_model
 from routesae_lens.saes.architectures import (
@@ -253,7 +252,7 @@ def test_bad_input(tiny_hooked, tokens):
         evaluate(sae, tiny_hooked, tokens.clone().fill_(64))
     with pytest.raises(ValueError, match="exceed the model's context of 32"):
         evaluate(sae, tiny_hooked, tokens.repeat(1, 4))
-    with pytest.raises(ValueError, match="nothing to evaluate"):
+    with pytest.raises(ValueError, match="nothing to read"):
         evaluate(sae, tiny_hooked, tokens, exclude_special_tokens=list(range(64)))
     with pytest.raises(ValueError, match=r"no hook .blocks\.9\.hook_z."):
         evaluate(plain_sae("blocks.9.hook_z"), tiny_hooked, tokens)

@@ -14,17 +14,15 @@ from itertools import islice
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from sae_lens import SAE
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from sae_lens.training.prefetch import PrefetchingIterator
-from sae_lens.util import get_special_token_ids
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from routesae_lens.analysis.metrics import Evaluation, Tally
-from routesae_lens.analysis.subjects import subject_of
-from routesae_lens.backends import backend_of
+from routesae_lens.analysis.metrics import Evaluation, Tally, summed_cross_entropy
+from routesae_lens.analysis.stream import check_tokens, read_batches, subjects_of
+from routesae_lens.analysis.subjects import Reading, Subject
 from routesae_lens.saes.route_sae import inference_form
 from routesae_lens.splice.replace import Hook
 
@@ -65,39 +63,32 @@ def evaluate_all(
             for another width or a hook this model lacks, or a model that answers NaN.
         RuntimeError: a splice hook that never fired.
     """
-    if not saes:
-        raise ValueError("no SAEs to evaluate")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-    if attached := sorted(getattr(model, "acts_to_saes", {})):
-        raise ValueError(f"SAEs are attached to the model at {attached}; call model.reset_saes() first")
-    check_tokens(tokens, model)
-    keep_all = kept_tokens(tokens, model, exclude_special_tokens, exclude_first_position)
-    if not keep_all.any():
-        raise ValueError("every token is special or at position 0: nothing to evaluate")
-    subjects = {name: subject_of(sae, model) for name, sae in saes.items()}
+    subjects = subjects_of(saes, model)
     tallies = {name: Tally(subject) for name, subject in subjects.items()}
-    points = sorted({subject.point for subject in subjects.values()})
-    starts = range(0, len(tokens), batch_size)
-    for draw, start in enumerate(tqdm(starts, desc="evaluate", unit="batch", disable=not progress)):
-        batch = tokens[start : start + batch_size].to(_input_device(model))
-        keep = keep_all[start : start + batch_size].to(batch.device)
-        clean, cache = model.run_with_cache(batch, names_filter=points)
-        if not torch.isfinite(clean[keep[:, : clean.shape[1]]]).all():
-            raise ValueError(
-                f"the model's logits are not finite in sequences {start} to {start + len(batch) - 1}"
-            )
-        clean = clean.float().log_softmax(-1)  # once for all SAEs
+    for batch in read_batches(
+        subjects,
+        model,
+        tokens,
+        batch_size=batch_size,
+        exclude_special_tokens=exclude_special_tokens,
+        exclude_first_position=exclude_first_position,
+        logits=True,
+        progress="evaluate" if progress else None,
+    ):
+        assert batch.logits is not None
+        ids, keep = batch.tokens, batch.keep
+        clean = batch.logits.float().log_softmax(-1)  # once for all SAEs
+        zeroed = _ZeroPasses(model, ids)
         for name, subject in subjects.items():
-            tally, reading = tallies[name], subject.read(cache[subject.point], draw)
+            tally, reading = tallies[name], batch.read(subject)
             tally.add_reading(reading, keep)
-            tally.add_clean(clean, batch, keep)
+            tally.add_clean(clean, ids, keep)
             hooks = subject.splice(reading, keep, scale_by_p)
-            tally.add_spliced(clean, _run_hooked(model, batch, hooks), batch, keep)
-            tally.add_zeroed(_run_hooked(model, batch, subject.zero(reading, keep)), batch, keep)
+            tally.add_spliced(clean, _run_hooked(model, ids, hooks), ids, keep)
+            tally.add_zeroed(zeroed(subject, reading, keep))
             if unscaled and scale_by_p and subject.scaled:
                 hooks = subject.splice(reading, keep, False)
-                tally.add_unscaled(clean, _run_hooked(model, batch, hooks), keep)
+                tally.add_unscaled(clean, _run_hooked(model, ids, hooks), keep)
     return {name: tally.result(scale_by_p) for name, tally in tallies.items()}
 
 
@@ -133,19 +124,6 @@ def held_out_tokens(
             f"the text gives {len(sequences)} sequences of {context_size} tokens, {n_sequences} are asked for"
         )
     return torch.stack(sequences)
-
-
-def kept_tokens(
-    tokens: Int[Tensor, "sequence pos"],
-    model: Any,
-    exclude_special_tokens: bool | list[int] = True,
-    exclude_first_position: bool = True,
-) -> Bool[Tensor, "sequence pos"]:
-    """Which tokens are encoded and counted: not special, not at position 0."""
-    keep = ~torch.isin(tokens, _special_ids(tokens, model, exclude_special_tokens))
-    if exclude_first_position:
-        keep[:, 0] = False
-    return keep
 
 
 class SpliceEvaluator:
@@ -202,6 +180,24 @@ def _flat(metrics: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, f
             yield f"{prefix}{name}", float(value)
 
 
+class _ZeroPasses:
+    """Cross-entropy of a batch with the routed activations zeroed, once for SAEs that route alike."""
+
+    def __init__(self, model: Any, tokens: Tensor):
+        self.model, self.tokens = model, tokens
+        self.done: list[tuple[tuple[Any, ...], Tensor, float]] = []
+
+    def __call__(self, subject: Subject, reading: Reading, keep: Tensor) -> float:
+        where = (type(subject), subject.point, tuple(subject.layers))
+        for known, layer, total in self.done:
+            if known == where and torch.equal(layer, reading.layer):
+                return total
+        logits = _run_hooked(self.model, self.tokens, subject.zero(reading, keep))
+        total = summed_cross_entropy(logits, self.tokens, keep)
+        self.done.append((where, reading.layer, total))
+        return total
+
+
 def _run_hooked(model: Any, tokens: Tensor, hooks: list[tuple[str, Hook]]) -> Tensor:
     fired: set[str] = set()
 
@@ -216,45 +212,3 @@ def _run_hooked(model: Any, tokens: Tensor, hooks: list[tuple[str, Hook]]) -> Te
     if silent := sorted({name for name, _ in hooks} - fired):
         raise RuntimeError(f"splice hooks never fired, the splice touched nothing there: {silent}")
     return logits
-
-
-def check_tokens(tokens: Tensor, model: Any) -> None:
-    """Raise a ValueError unless ``tokens`` are ids this model can read, (sequence, pos)."""
-    backend_of(model)
-    if not isinstance(tokens, Tensor) or tokens.dtype == torch.bool:
-        raise ValueError(
-            f"expected a tensor of token ids, got {getattr(tokens, 'dtype', type(tokens).__name__)}"
-        )
-    if tokens.ndim != 2 or tokens.is_floating_point() or 0 in tokens.shape or tokens.shape[1] < 2:
-        raise ValueError(
-            "expected token ids of shape (sequence, pos) with at least 2 positions, got "
-            f"{tuple(tokens.shape)} of {tokens.dtype}"
-        )
-    cfg = getattr(model, "cfg", None) or model.model.config
-    vocabulary = getattr(cfg, "d_vocab", None) or cfg.vocab_size
-    context = getattr(cfg, "n_ctx", None) or cfg.max_position_embeddings
-    if int(tokens.max()) >= vocabulary or int(tokens.min()) < 0:
-        raise ValueError(
-            f"token ids must be between 0 and {vocabulary - 1}, got {int(tokens.min())} to {int(tokens.max())}"
-        )
-    if tokens.shape[1] > context:
-        raise ValueError(f"sequences of {tokens.shape[1]} tokens exceed the model's context of {context}")
-
-
-def _special_ids(tokens: Tensor, model: Any, exclude: bool | list[int]) -> Tensor:
-    if exclude is False:
-        ids: list[int] = []
-    elif exclude is True:
-        tokenizer = getattr(model, "tokenizer", None)
-        ids = get_special_token_ids(tokenizer) if tokenizer is not None else []
-    elif isinstance(exclude, list):
-        ids = exclude
-    else:
-        raise ValueError(
-            f"exclude_special_tokens must be True, False or a list of token ids, got {exclude!r}"
-        )
-    return torch.tensor(ids, dtype=tokens.dtype, device=tokens.device)
-
-
-def _input_device(model: Any) -> torch.device:
-    return next(model.parameters()).device

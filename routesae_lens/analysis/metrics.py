@@ -128,9 +128,9 @@ class Tally:
             self.kl_sums.append(kl[kept].sum().item())
             self.kl_counts.append(int(kept.sum()))
 
-    def add_zeroed(self, zeroed: Tensor, tokens: Tensor, keep: Tensor) -> None:
-        for row, kept in enumerate(keep):
-            self.ce["zero"] += _cross_entropy(zeroed[row].float().log_softmax(-1), tokens[row], kept)
+    def add_zeroed(self, total: float) -> None:
+        """``total``: see :func:`summed_cross_entropy`."""
+        self.ce["zero"] += total
 
     def add_unscaled(self, clean: Tensor, spliced: Tensor, keep: Tensor) -> None:
         self.has_unscaled = True
@@ -184,6 +184,17 @@ def _ratio_stderr(sums: list[float], counts: list[int]) -> float:
     s, c = torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64)
     residual = s - c * (s.sum() / c.sum())
     return (residual.std() / c.mean() / len(sums) ** 0.5).item()
+
+
+def summed_cross_entropy(
+    logits: Float[Tensor, "batch pos vocab"],
+    tokens: Int[Tensor, "batch pos"],
+    keep: Bool[Tensor, "batch pos"],
+) -> float:
+    """Next-token cross-entropy in nats, summed where both the token and the predicted one are kept."""
+    return sum(
+        _cross_entropy(row.float().log_softmax(-1), tokens[i], keep[i]) for i, row in enumerate(logits)
+    )
 
 
 def _cross_entropy(

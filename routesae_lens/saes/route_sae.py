@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,30 +18,21 @@ from sae_lens import (
     SAE,
     TrainingSAE,
 )
-from sae_lens.saes.sae import SAEConfig, SAEMetadata, TrainStepInput, TrainStepOutput, _disable_hooks
+from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput, _disable_hooks
 from torch import Tensor, nn
 
-from routesae_lens.hook_points import (
-    SITES,
-    backend_of,
-    check_layers,
-    default_layers,
-    mount_layers,
-    split_layers,
-    stack_name,
-)
 from routesae_lens.saes.router import (
     AGGREGATORS,
     RANDOM_PER,
     ROUTINGS,
     Route,
     RoutingContext,
-    standardize,
 )
+from routesae_lens.saes.stack import StackFields, StackSAE
 
 
 @dataclass(kw_only=True)
-class RouteFields:
+class RouteFields(StackFields):
     """The router's part of every RouteSAE config; ``d_in`` is ``len(layers) * d_model``.
 
     Args:
@@ -55,111 +46,31 @@ class RouteFields:
         standardize: standardise each token's activation per layer, as the authors do.
     """
 
-    layers: list[int]
-    site: str = "hook_resid_post"
     aggregator: str = "sum"
     routing: str = "hard"
     fixed_layer: int | None = None
     random_per: str = "token"
     route_seed: int = 0
-    standardize: bool = True
-    metadata: Any = field(default_factory=SAEMetadata)
 
     def __post_init__(self) -> None:
-        if isinstance(self.metadata, dict):  # as SAEConfig.from_dict hands it over
-            self.metadata = SAEMetadata(**self.metadata)
-        super().__post_init__()  # type: ignore[misc]
-        cfg: Any = self
-        for given in fields(cfg):
-            value = getattr(cfg, given.name)
-            if isinstance(given.default, bool) and not isinstance(value, bool):
-                raise ValueError(f"{given.name} must be True or False, got {value!r}")
-            if given.type in (int, "int") and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ValueError(f"{given.name} must be an integer, got {value!r}")
-        if cfg.d_in < 1 or cfg.d_sae < 1:
-            raise ValueError(f"d_in and d_sae must be positive, got {cfg.d_in} and {cfg.d_sae}")
-        self.layers = check_layers(self.layers)
-        for name, known in (
-            ("site", SITES),
-            ("aggregator", AGGREGATORS),
-            ("routing", ROUTINGS),
-            ("random_per", RANDOM_PER),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
-        if cfg.d_in % self.n_layers:
-            raise ValueError(
-                f"d_in must be len(layers) * d_model: {cfg.d_in} is not a multiple of {self.n_layers} layers"
-            )
+        super().__post_init__()
+        self._check_known(aggregator=AGGREGATORS, routing=ROUTINGS, random_per=RANDOM_PER)
         if self.routing == "fixed" and self.fixed_layer not in self.layers:
             raise ValueError(
                 f"routing='fixed' needs fixed_layer to be one of layers {self.layers}, got {self.fixed_layer}"
             )
         if self.routing != "fixed" and self.fixed_layer is not None:
             raise ValueError(f"fixed_layer={self.fixed_layer} only goes with routing='fixed'")
-        if cfg.normalize_activations not in ("none", "expected_average_only_in"):
-            raise ValueError(
-                f"normalize_activations={cfg.normalize_activations!r} does not work on a stack of layers; "
-                "expected 'none' (with standardize=True) or 'expected_average_only_in'"
-            )
-        if cfg.reshape_activations != "none":
-            raise ValueError(
-                f"reshape_activations={cfg.reshape_activations!r} does not work on a stack of layers"
-            )
-        k = getattr(cfg, "k", None)
-        if k is not None and not 0 < k <= cfg.d_sae:
-            raise ValueError(f"k must be between 1 and d_sae = {cfg.d_sae}, got {k}")
-        if cfg.metadata.hook_name is None:
-            cfg.metadata.hook_name = stack_name(self.layers, self.site)
-
-    @property
-    def n_layers(self) -> int:
-        return len(self.layers)
-
-    @property
-    def d_model(self) -> int:
-        return self.d_in // self.n_layers  # type: ignore[attr-defined]
-
-    @classmethod
-    def for_model(cls, model: Any, *, layers: Sequence[int] | None = None, **kwargs: Any) -> Any:
-        """A config whose ``d_in`` fits ``model``; ``layers`` defaults to 1/4 to 3/4 of its depth."""
-        backend = backend_of(model)
-        layers = check_layers(
-            default_layers(backend.n_layers) if layers is None else layers, backend.n_layers
-        )
-        cfg = cls(d_in=len(layers) * backend.d_model, layers=layers, **kwargs)  # type: ignore[call-arg]
-        cfg.metadata.hook_name = stack_name(layers, cfg.site, backend.blocks_path)
-        return cfg
 
 
-class Routed(SAE[Any]):
+class Routed(StackSAE):
     """What training and inference RouteSAEs share: the router, and everything that sees the stack.
 
     ``encode`` and ``forward`` take the stack; ``encode_routed``, ``decode`` and all of SAELens' hook
     points live in the routed space of size ``d_model``.
     """
 
-    cfg: Any
     W_router: nn.Parameter
-
-    @property
-    def layers(self) -> list[int]:
-        """Routed block numbers; ``route(stack).layer`` indexes this list."""
-        return self.cfg.layers
-
-    def mount(self, model: Any) -> str:
-        """Mount this SAE's multi-layer hook point on ``model`` (if it is not there) and return its name.
-
-        Raises:
-            ValueError: the model lacks the layers or the site, or has another d_model.
-        """
-        backend = backend_of(model)
-        if backend.d_model != self.cfg.d_model:
-            raise ValueError(
-                f"this RouteSAE was made for d_model = {self.cfg.d_model} ({self.cfg.n_layers} layers, "
-                f"d_in = {self.cfg.d_in}); the model has d_model = {backend.d_model}"
-            )
-        return mount_layers(model, self.layers, self.cfg.site)
 
     def initialize_weights(self) -> None:
         with _sized_for_d_model(self.cfg):  # SAELens sizes weights by d_in; the shared SAE reads d_model
@@ -183,14 +94,7 @@ class Routed(SAE[Any]):
         Raises:
             ValueError: the last dimension is not ``len(layers) * d_model``.
         """
-        if stack.shape[-1] != self.cfg.d_in:
-            raise ValueError(
-                f"expected a stack of {self.cfg.n_layers} layers x d_model {self.cfg.d_model} = {self.cfg.d_in} "
-                f"in the last dimension, got shape {tuple(stack.shape)}. Read it from the hook point that "
-                "sae.mount(model) returns."
-            )
-        layers = split_layers(stack.to(self.dtype), self.cfg.n_layers)
-        x = standardize(layers).x if self.cfg.standardize else layers
+        x = self.split(stack)
         choice = ROUTINGS[self.cfg.routing].choose(
             RoutingContext(
                 shape=tuple(stack.shape[:-1]),
@@ -248,13 +152,6 @@ class Routed(SAE[Any]):
                 for name in AGGREGATORS[self.cfg.aggregator].parameters:
                     getattr(self, name).mul_(scaling_factor)
         self.cfg.normalize_activations = "none"
-
-    def fold_activation_whitening(
-        self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor
-    ) -> None:
-        raise NotImplementedError(
-            "a RouteSAE reads several layers; one whitening matrix cannot be folded into it"
-        )
 
 
 class RouteSAE(Routed):

@@ -16,7 +16,7 @@ from typing import Any
 from sae_lens import ActivationsStore
 
 from routesae_lens.hook_points import mount_layers, parse_stack_name
-from routesae_lens.saes.route_sae import Routed
+from routesae_lens.saes.stack import StackSAE
 
 # SAELens' own, also when this module is loaded again and finds its wrappers in their place.
 _from_sae: Any = unwrap(ActivationsStore.from_sae.__func__)
@@ -36,7 +36,7 @@ def _mount(model: Any, hook_names: Iterable[str]) -> None:
 @wraps(_from_sae)
 def from_sae(cls: Any, model: Any, sae: Any, *args: Any, **kwargs: Any) -> ActivationsStore:
     store = _from_sae(cls, model, sae, *args, **kwargs)
-    if isinstance(sae, Routed):
+    if isinstance(sae, StackSAE):
         store.hook_name = sae.mount(model)
     return store
 

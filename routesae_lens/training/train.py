@@ -19,7 +19,8 @@ from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 
 from routesae_lens.backends import backend_of
 from routesae_lens.hook_points import mount_layers
-from routesae_lens.saes.route_sae import RouteTrainingFields, RouteTrainingSAE
+from routesae_lens.saes.route_sae import RouteTrainingSAE
+from routesae_lens.saes.stack import StackFields
 from routesae_lens.training.data import is_tokenized, load_text
 from routesae_lens.training.interruption import TrainingInterrupted
 from routesae_lens.training.preflight import (
@@ -246,8 +247,8 @@ def _model_name(model: Any) -> str:
 
 
 def _hook_name(model: Any, name: str, cfg: TrainingSAEConfig) -> str:
-    """Where the SAE reads; a RouteSAE's point is mounted."""
-    if isinstance(cfg, RouteTrainingFields):
+    """Where the SAE reads; a multi-layer point is mounted."""
+    if isinstance(cfg, StackFields):
         d_in = cfg.n_layers * cfg.d_model
         backend = backend_of(model)
         if cfg.d_model != backend.d_model:
