@@ -41,6 +41,7 @@ from sae_lens.registry import register_sae_class, register_sae_training_class
 from sae_lens.saes.sae import SAEConfig, TrainStepInput
 from torch import Tensor, nn
 
+from routesae_lens.saes.fast_topk import FastTopK
 from routesae_lens.saes.route_sae import RouteFields, RouteSAE, RouteTrainingFields, RouteTrainingSAE
 
 
@@ -96,7 +97,10 @@ class RouteTopKTrainingSAEConfig(RouteTrainingFields, TopKTrainingSAEConfig):
         return "route_topk"
 
 
-class RouteTopKTrainingSAE(RouteTrainingSAE, TopKTrainingSAE):
+class RouteTopKTrainingSAE(RouteTrainingSAE, FastTopK, TopKTrainingSAE):
+    def autoencode_routed(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        return self.fast_autoencode(x)
+
     def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
         return super().get_activation_fn() if self.cfg.relu else SignedTopK(self.cfg.k)
 

@@ -7,20 +7,27 @@ is what all of them share; ``architectures.py`` has the SAEs themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from sae_lens import (
     SAE,
     TrainingSAE,
 )
-from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput, _disable_hooks
+from sae_lens.saes.sae import (
+    SAEConfig,
+    TrainCoefficientConfig,
+    TrainStepInput,
+    TrainStepOutput,
+    _disable_hooks,
+)
 from torch import Tensor, nn
 
+from routesae_lens.saes.distillation import distill, route_metrics, router_losses
 from routesae_lens.saes.router import (
     AGGREGATORS,
     RANDOM_PER,
@@ -43,6 +50,8 @@ class RouteFields(StackFields):
         fixed_layer: the block number for ``routing="fixed"``.
         random_per: for ``routing="random"``, one layer per "token" or per "batch".
         route_seed: seed of ``routing="random"``.
+        layer_scale: learn one factor per layer on the activation that is read (1 at the start); it is undone
+            after decoding.
         standardize: standardise each token's activation per layer, as the authors do.
     """
 
@@ -51,6 +60,7 @@ class RouteFields(StackFields):
     fixed_layer: int | None = None
     random_per: str = "token"
     route_seed: int = 0
+    layer_scale: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,6 +71,8 @@ class RouteFields(StackFields):
             )
         if self.routing != "fixed" and self.fixed_layer is not None:
             raise ValueError(f"fixed_layer={self.fixed_layer} only goes with routing='fixed'")
+        if self.layer_scale and self.routing in ("soft", "top2", "every"):
+            raise ValueError(f"layer_scale needs a rule that reads one layer, not routing={self.routing!r}")
 
 
 class Routed(StackSAE):
@@ -83,6 +95,9 @@ class Routed(StackSAE):
             for name in AGGREGATORS[self.cfg.aggregator].parameters:
                 vector = torch.zeros(self.cfg.d_model, dtype=self.dtype, device=self.device)
                 self.register_parameter(name, nn.Parameter(vector))
+        if self.cfg.layer_scale:
+            scale = torch.zeros(self.cfg.n_layers, dtype=self.dtype, device=self.device)
+            self.router_log_scale = nn.Parameter(scale)
 
     def route(self, stack: Float[Tensor, "*batch stacked"], draw: int = 0) -> Route:
         """Choose a layer for every token (Eqs. 5-9).
@@ -100,6 +115,7 @@ class Routed(StackSAE):
                 shape=tuple(stack.shape[:-1]),
                 n_layers=self.cfg.n_layers,
                 probs=lambda: self._probs(x),
+                errors=lambda: self.layer_errors(x),
                 fixed_index=self.layers.index(self.cfg.fixed_layer) if self.cfg.routing == "fixed" else None,
                 random_per=self.cfg.random_per,
                 seed=self.cfg.route_seed,
@@ -111,10 +127,40 @@ class Routed(StackSAE):
         if choice.mixture is not None:
             routed = torch.einsum("...ld,...l->...d", x, choice.mixture)
             return Route(choice.probs, choice.layer, choice.mixture, routed, choice.scale)
-        index = choice.layer[..., None, None].expand(*choice.layer.shape, 1, x.shape[-1])
-        routed = x.gather(-2, index).squeeze(-2) * choice.scale[..., None]
-        one_hot = nn.functional.one_hot(choice.layer, self.cfg.n_layers)
-        return Route(choice.probs, choice.layer, one_hot * choice.scale[..., None], routed, choice.scale)
+        return self.read_layers(x, choice.probs, choice.layer, choice.scale)
+
+    def read_layers(
+        self,
+        x: Float[Tensor, "*batch layer d_model"],
+        probs: Float[Tensor, "*batch layer"],
+        layer: Int[Tensor, "*batch"],
+        scale: Float[Tensor, "*batch"],
+    ) -> Route:
+        """The route that reads ``layer`` of each token, times ``scale`` (and the layer's learned factor)."""
+        if self.cfg.layer_scale:
+            scale = scale * self.router_log_scale.exp()[layer]
+        index = layer[..., None, None].expand(*layer.shape, 1, x.shape[-1])
+        routed = x.gather(-2, index).squeeze(-2) * scale[..., None]
+        one_hot = nn.functional.one_hot(layer, self.cfg.n_layers)
+        return Route(probs, layer, one_hot * scale[..., None], routed, scale)
+
+    @torch.no_grad()
+    def layer_errors(self, x: Float[Tensor, "*batch layer d_model"]) -> Float[Tensor, "*batch layer"]:
+        """Normalised error ||x - x_hat||^2 / ||x||^2 of the shared SAE on every layer's activation.
+
+        One layer at a time, so it takes ``n_layers`` encodings but the memory of one.
+        """
+        errors = []
+        for i in range(x.shape[-2]):
+            layer = x[..., i, :]
+            factor = self.router_log_scale[i].exp() if self.cfg.layer_scale else 1.0
+            out = self.autoencode_routed(layer * factor) / factor
+            errors.append((layer - out).pow(2).sum(-1) / layer.pow(2).sum(-1).clamp_min(1e-12))
+        return torch.stack(errors, dim=-1)
+
+    def autoencode_routed(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """Encode and decode in the routed space."""
+        return self.decode(self.encode_routed(x))
 
     def _probs(self, x: Float[Tensor, "*batch layer d_model"]) -> Float[Tensor, "*batch layer"]:
         aggregator = AGGREGATORS[self.cfg.aggregator]
@@ -122,8 +168,10 @@ class Routed(StackSAE):
         wide = torch.promote_types(self.dtype, torch.float32)
         return torch.softmax(pooled @ self.W_router.T, dim=-1, dtype=wide).to(x.dtype)
 
-    def encode(self, x: Float[Tensor, "*batch stacked"]) -> Float[Tensor, "*batch d_sae"]:
-        """Latents of a stack: route, then encode (Eq. 10)."""
+    def encode(self, x: Float[Tensor, "*batch stacked"]) -> Float[Tensor, "... d_sae"]:
+        """Latents of a stack: route, then encode (Eq. 10). With ``routing="every"`` (... layer d_sae)."""
+        if self.cfg.routing == "every":
+            return self.encode_routed(self.split(x))
         return self.encode_routed(self.route(x).input)
 
     def encode_routed(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
@@ -169,12 +217,37 @@ class RouteTrainingFields(RouteFields):
     Args:
         loss: "normalized_mse" divides the squared error by ||x||^2 per token (the authors' code);
             "mse" is Eq. 12.
+        balance_coefficient: of a load-balancing loss, ``n_layers * sum_l share_l * mean p_l`` (1 at balance).
+        entropy_coefficient: of a loss that adds the mean entropy of the probabilities (nats); negative
+            values reward entropy.
+        router_warm_up_steps: both coefficients rise linearly from 0 over so many steps.
+        uniform_steps: for ``routing="distilled"``: read a uniformly random layer in the first steps.
+        explore: for ``routing="distilled"``: share of tokens that read a random layer afterwards.
+        oracle_fraction: for ``routing="distilled"``: share of each batch on which the oracle is asked. It
+            costs ``n_layers`` encodings of those tokens.
     """
 
     loss: Literal["normalized_mse", "mse"] = "normalized_mse"
+    balance_coefficient: float = 0.0
+    entropy_coefficient: float = 0.0
+    router_warm_up_steps: int = 0
+    uniform_steps: int = 0
+    explore: float = 0.1
+    oracle_fraction: float = 0.25
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("explore", "oracle_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
+        for name in ("uniform_steps", "router_warm_up_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if (self.balance_coefficient or self.entropy_coefficient) and not ROUTINGS[self.routing].learned:
+            raise ValueError(
+                f"routing={self.routing!r} has no learned router that balance_coefficient or "
+                "entropy_coefficient could act on"
+            )
         if self.loss not in ("normalized_mse", "mse"):
             raise ValueError(f"unknown loss {self.loss!r}; known: normalized_mse, mse")
 
@@ -187,10 +260,34 @@ class RouteTrainingSAE(Routed, TrainingSAE[Any]):
         self.mse_loss_fn = self._reconstruction_loss  # SAELens sets its own on every construction
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        route = self.route(step_input.sae_in, draw=step_input.n_training_steps)
+        if self.cfg.routing == "every":
+            return self._train_on_every_layer(step_input)
+        lesson = None
+        if self.cfg.routing == "distilled":
+            lesson = distill(self, self.split(step_input.sae_in), step_input.n_training_steps)
+        route = lesson.route if lesson else self.route(step_input.sae_in, draw=step_input.n_training_steps)
         output = super().training_forward_pass(replace(step_input, sae_in=route.input))
+        losses = router_losses(route, step_input.coefficients) | (lesson.losses if lesson else {})
+        output.losses.update(losses)
+        output.loss = output.loss + sum(losses.values())
         output.metrics.update(route_metrics(route, self.layers))
+        if lesson:
+            output.metrics.update(lesson.metrics)
         return output
+
+    def _train_on_every_layer(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """MLSAE: the shared SAE sees each token once per layer."""
+        layers = self.split(step_input.sae_in)
+        return super().training_forward_pass(replace(step_input, sae_in=layers.flatten(0, -2)))
+
+    def get_coefficients(self) -> dict[str, Any]:
+        """SAELens' scheduled coefficients, and the router's own."""
+        ours = {"balance": self.cfg.balance_coefficient, "entropy": self.cfg.entropy_coefficient}
+        return super().get_coefficients() | {
+            name: TrainCoefficientConfig(value, warm_up_steps=self.cfg.router_warm_up_steps)
+            for name, value in ours.items()
+            if value
+        }
 
     def _reconstruction_loss(
         self, preds: Float[Tensor, "*batch d_model"], target: Float[Tensor, "*batch d_model"]
@@ -272,18 +369,6 @@ class RouteTrainingSAE(Routed, TrainingSAE[Any]):
             self.fold_and_get_W_dec_norm()
 
 
-def route_metrics(route: Route, layers: Sequence[int]) -> dict[str, Tensor]:
-    """Collapse metrics of one batch: mean p of the chosen layer, entropy of probs (nats), share per layer."""
-    probs = route.probs.detach().float().flatten(0, -2)
-    entropy = torch.special.entr(probs).sum(-1).mean()
-    chosen = nn.functional.one_hot(route.layer.flatten(), len(layers)).float().mean(0)
-    metrics = {
-        "route_mean_p": probs.gather(-1, route.layer.flatten()[:, None]).mean(),
-        "route_entropy": entropy,
-    }
-    return metrics | {f"layer_share/{layer}": chosen[i] for i, layer in enumerate(layers)}
-
-
 @contextmanager
 def _sized_for_d_model(cfg: Any) -> Iterator[None]:
     d_in = cfg.d_in
@@ -313,3 +398,34 @@ def inference_form(sae: TrainingSAE[Any], scaling_factor: float | None = None) -
     if scaling_factor is not None:
         inference.fold_activation_norm_scaling_factor(scaling_factor)
     return inference.eval()
+
+
+def with_routing(
+    sae: SAE[Any], routing: str, *, fixed_layer: int | None = None, route_seed: int = 0
+) -> RouteSAE:
+    """The same shared SAE behind another routing rule; parameters are shared, not copied.
+
+    Serves questions such as: what would this dictionary cost at one fixed layer, at a random one, at the one it
+    reconstructs best ("oracle")? All of them read the activation unscaled; a RouteSAE trained with
+    ``routing="hard"`` has seen it times p.
+
+    Raises:
+        ValueError: not an inference RouteSAE, or a rule with a learned router that ``sae`` does not have.
+    """
+    if not isinstance(sae, RouteSAE):
+        raise ValueError(f"expected an inference RouteSAE, got {type(sae).__name__} (inference_form(sae)?)")
+    cfg = sae.cfg.to_dict() | {"routing": routing, "fixed_layer": fixed_layer, "route_seed": route_seed}
+    cfg["device"] = "meta"
+    other = SAE.from_dict(cfg)
+    assert isinstance(other, RouteSAE)
+    other.cfg.device = sae.cfg.device
+    theirs = dict(sae.named_parameters())
+    for name, _ in list(other.named_parameters()):
+        if name not in theirs:
+            raise ValueError(
+                f"routing={routing!r} needs {name}, which an SAE trained with {sae.cfg.routing!r} lacks"
+            )
+        setattr(other, name, theirs[name])
+    for name, buffer in sae.named_buffers():
+        setattr(other, name, buffer)
+    return other.train(sae.training)

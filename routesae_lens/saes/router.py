@@ -107,6 +107,8 @@ class RoutingContext(NamedTuple):
     n_layers: int
     probs: Callable[[], Float[Tensor, "*batch layer"]]
     """The learned probabilities, computed on demand."""
+    errors: Callable[[], Float[Tensor, "*batch layer"]]
+    """The shared SAE's normalised reconstruction error of every layer, computed on demand."""
     fixed_index: int | None
     random_per: str
     seed: int
@@ -141,6 +143,34 @@ def _straight_through(ctx: RoutingContext) -> Choice:
     return Choice(probs, layer, 1 + (p - p.detach()))  # in this order exactly 1
 
 
+def _argmax(ctx: RoutingContext) -> Choice:
+    # The SAE reads the activation unscaled; what trains the router is a loss of its own (distillation.py).
+    probs = ctx.probs()
+    layer = probs.argmax(dim=-1)
+    return Choice(probs, layer, torch.ones_like(probs[..., 0]))
+
+
+def _top2(ctx: RoutingContext) -> Choice:
+    probs = ctx.probs()
+    top = probs.topk(min(2, ctx.n_layers), dim=-1)
+    kept = torch.zeros_like(probs).scatter(-1, top.indices, top.values)
+    mixture = kept / kept.sum(-1, keepdim=True)
+    return Choice(probs, top.indices[..., 0], torch.ones_like(probs[..., 0]), mixture=mixture)
+
+
+def _oracle(ctx: RoutingContext) -> Choice:
+    layer = ctx.errors().argmin(dim=-1)
+    probs = torch.nn.functional.one_hot(layer, ctx.n_layers).to(ctx.dtype)
+    return Choice(probs, layer, torch.ones_like(probs[..., 0]))
+
+
+def _every(ctx: RoutingContext) -> Choice:
+    raise ValueError(
+        "an SAE with routing='every' (MLSAE) encodes all layers and chooses none; with_routing(sae, 'fixed', "
+        "fixed_layer=...), 'random' or 'oracle' gives a form that does"
+    )
+
+
 def _random(ctx: RoutingContext) -> Choice:
     layer = uniform_layers(ctx.shape, ctx.n_layers, ctx.seed, ctx.draw, per=ctx.random_per, device=ctx.device)
     probs = torch.full((*ctx.shape, ctx.n_layers), 1 / ctx.n_layers, device=ctx.device, dtype=ctx.dtype)
@@ -159,7 +189,11 @@ ROUTINGS: dict[str, Routing] = {
     "soft": Routing(_soft, learned=True),  # Eq. 14
     "random": Routing(_random, learned=False),  # the paper's baseline: uniform
     "fixed": Routing(_fixed, learned=False),
-    "straight_through": Routing(_straight_through, learned=True),  # ours
+    "straight_through": Routing(_straight_through, learned=True),  # ours, as are those below
+    "distilled": Routing(_argmax, learned=True),  # taught by the oracle, see distillation.py
+    "top2": Routing(_top2, learned=True),  # soft over the two best layers
+    "oracle": Routing(_oracle, learned=False),  # the layer the shared SAE reconstructs best
+    "every": Routing(_every, learned=False),  # MLSAE: every layer's activation is an input of its own
 }
 RANDOM_PER = ("token", "batch")
 
