@@ -122,7 +122,7 @@ few = settings(max_examples=15, deadline=None)
 @given(
     seed=seeds,
     aggregator=st.sampled_from(sorted(AGGREGATORS)),
-    routing=st.sampled_from(sorted(set(ROUTINGS) - {"every"})),
+    routing=st.sampled_from(sorted(set(ROUTINGS) - WITH_TESTS_OF_THEIR_OWN)),
 )
 def test_probabilities_and_weights(seed, aggregator, routing):
     sae = make(aggregator, routing)
