@@ -89,7 +89,8 @@ def two_passes(
 
 def assert_clean(model: Any, before: dict[str, Any]) -> None:
     """Nothing of any SAE is left on ``model``, and it computes what it did."""
-    assert model.acts_to_saes == {} and model.route_saes == {} and mounted_points(model) == []
+    assert model.acts_to_saes == {} and model.route_saes == model.crosscoders == {}
+    assert mounted_points(model) == []
     assert set(model.hook_dict) == before["hooks"]
     torch.testing.assert_close(model(TOKENS), before["logits"], rtol=0, atol=0)
 

@@ -187,7 +187,7 @@ def test_with_routing_shares_parameters(stack):
     [
         ({"explore": 1.5}, "explore is a share"),
         ({"oracle_fraction": -0.1}, "oracle_fraction is a share"),
-        ({"uniform_steps": -1}, "uniform_steps must be 0 or more"),
+        ({"uniform_steps": -1}, "uniform_steps must be a number of steps"),
         ({"routing": "random", "balance_coefficient": 1.0}, "no learned router"),
         ({"routing": "soft", "layer_scale": True}, "reads one layer"),
     ],

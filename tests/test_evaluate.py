@@ -243,7 +243,7 @@ def test_bad_input(tiny_hooked, tokens):
     sae = route_sae()
     with pytest.raises(ValueError, match="no SAEs"):
         evaluate_all({}, tiny_hooked, tokens)
-    with pytest.raises(ValueError, match="expected a RouteSAE or a SAELens SAE, got str"):
+    with pytest.raises(ValueError, match="expected a RouteSAE, a Crosscoder or a SAELens SAE, got str"):
         subject_of("sae", tiny_hooked)
     for bad in (tokens.float(), tokens[0], tokens[:0], tokens[:, :1]):
         with pytest.raises(ValueError, match="expected token ids of shape"):

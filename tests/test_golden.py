@@ -160,13 +160,6 @@ def test_wrong_values(tmp_path, state):
     refuse(tmp_path, state | {"router.weight": state["router.weight"][0]}, "router.weight")
 
 
-def test_a_crosscoder_is_no_routesae(shared):
-    with pytest.raises(ValueError, match="no RouteSAE checkpoint"):
-        from_authors_checkpoint(
-            shared / "golden" / "routesaes" / "crosscoder_checkpoint.pt", layers=LAYERS, k=2
-        )
-
-
 @pytest.mark.parametrize(
     "kwargs, match",
     [

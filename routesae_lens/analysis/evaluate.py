@@ -1,13 +1,13 @@
 """How good is an SAE? Splice its reconstructions into the language model and compare.
 
 One clean forward gives the original distribution *and* the activations that decide the routes; then one
-spliced and one zero-ablated forward per SAE. The same definitions serve RouteSAEs and ordinary SAELens
-SAEs on HookedTransformer, TransformerBridge and HookedProxyLM, through plain forward hooks.
+spliced and one zero-ablated forward per SAE. The same definitions serve RouteSAEs, Crosscoders and ordinary
+SAELens SAEs on HookedTransformer, TransformerBridge and HookedProxyLM, through plain forward hooks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from itertools import islice
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from routesae_lens.analysis.metrics import Evaluation, Tally, summed_cross_entropy
 from routesae_lens.analysis.stream import check_tokens, read_batches, subjects_of
-from routesae_lens.analysis.subjects import Reading, Subject
+from routesae_lens.analysis.subjects import CrosscoderSubject, Reading, Subject
 from routesae_lens.saes.route_sae import inference_form
 from routesae_lens.splice.replace import Hook
 
@@ -43,12 +43,14 @@ def evaluate_all(
     exclude_first_position: bool = True,
     scale_by_p: bool = True,
     unscaled: bool = False,
+    splice_layers: Sequence[int] | None = None,
     progress: bool = True,
 ) -> dict[str, Evaluation]:
     """Evaluate SAEs by splicing, all on the same clean pass.
 
     Args:
-        saes: RouteSAEs and ordinary SAELens SAEs; training SAEs are converted to their inference form.
+        saes: RouteSAEs, Crosscoders and ordinary SAELens SAEs; training SAEs are converted to their
+            inference form.
         model: a HookedTransformer, TransformerBridge or HookedProxyLM. Points not yet mounted are mounted.
         tokens: held-out token ids (see :func:`held_out_tokens`).
         batch_size: sequences per forward. Only random routing depends on it: it draws anew for every batch.
@@ -56,14 +58,19 @@ def evaluate_all(
         exclude_first_position: likewise position 0, whose norm is ~100 times the median.
         scale_by_p: splice consistently with training; False for the authors' unscaled splice.
         unscaled: also report ``kl_unscaled`` (one more forward for RouteSAEs with hard routing).
+        splice_layers: block numbers at which Crosscoders are spliced and zero-ablated, all that they read by
+            default. NormMSE and explained variance are about all layers in any case.
         progress: show a progress bar.
 
     Raises:
         ValueError: tokens that are not a non-empty batch of ids of this model, no kept token, SAEs made
-            for another width or a hook this model lacks, or a model that answers NaN.
+            for another width or a hook this model lacks, a model that answers NaN, or ``splice_layers``
+            without a Crosscoder, or with layers that one of them does not read.
         RuntimeError: a splice hook that never fired.
     """
     subjects = subjects_of(saes, model)
+    if splice_layers is not None:
+        _choose_layers(subjects, splice_layers)
     tallies = {name: Tally(subject) for name, subject in subjects.items()}
     for batch in read_batches(
         subjects,
@@ -90,6 +97,21 @@ def evaluate_all(
                 hooks = subject.splice(reading, keep, False)
                 tally.add_unscaled(clean, _run_hooked(model, ids, hooks), keep)
     return {name: tally.result(scale_by_p) for name, tally in tallies.items()}
+
+
+def _choose_layers(subjects: Mapping[str, Subject], splice_layers: Sequence[int]) -> None:
+    crosscoders = {
+        name: subject for name, subject in subjects.items() if isinstance(subject, CrosscoderSubject)
+    }
+    if not crosscoders:
+        raise ValueError(
+            f"splice_layers={list(splice_layers)} is for Crosscoders, and none of {', '.join(subjects)} is one"
+        )
+    for name, subject in crosscoders.items():
+        try:
+            subject.splice_at(splice_layers)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
 def held_out_tokens(
@@ -181,7 +203,7 @@ def _flat(metrics: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, f
 
 
 class _ZeroPasses:
-    """Cross-entropy of a batch with the routed activations zeroed, once for SAEs that route alike."""
+    """Cross-entropy of a batch with the replaced activations zeroed, once for SAEs that replace the same."""
 
     def __init__(self, model: Any, tokens: Tensor):
         self.model, self.tokens = model, tokens

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from routesae_lens.analysis.subjects import Reading, Subject
+from routesae_lens.hook_points import split_layers
 
 
 @dataclass
@@ -31,23 +32,28 @@ class Evaluation:
     """Next-token cross-entropy of the model as it is, nats per token."""
     ce_spliced: float
     ce_zero: float
-    """... with each token's routed activation set to zero: the denominator of ``loss_recovered``."""
+    """... with the activations that the splice replaces set to zero: the denominator of ``loss_recovered``."""
     delta_ce: float
     loss_recovered: float
     """1 - delta_ce / (ce_zero - ce_clean)."""
     norm_mse: float
-    """Mean over tokens of ||z - z_hat||^2 / ||z||^2, z the routed activation, standardised, without p."""
+    """Mean over tokens of ||z - z_hat||^2 / ||z||^2, z the routed activation, standardised, without p.
+
+    For a Crosscoder the mean over tokens and layers, each layer by its own reconstruction."""
     explained_variance: float
-    """1 - sum ||z - z_hat||^2 / sum ||z - mean of its layer||^2."""
+    """1 - sum ||z - z_hat||^2 / sum ||z - mean of its layer||^2; for a Crosscoder the mean over its layers."""
     l0: float
     dead_latents: int
     """Latents that fired on none of ``tokens``."""
     mean_p: float
-    """Mean probability of the chosen layer."""
+    """Mean probability of the chosen layer; 1 without a router."""
     entropy: float
-    """Mean entropy of the layer probabilities, nats; log(number of layers) is a router that does not care."""
+    """Mean entropy of the layer probabilities, nats; log(number of layers) is a router that does not care.
+
+    0 without a router."""
     layer_share: dict[int, float]
-    """Share of tokens routed to each block."""
+    """Share of tokens routed to each block. A Crosscoder reads every token at all of its L blocks: 1/L each.
+    (Where its dictionary lives is another matter, see ``Crosscoder.decoder_norms``.)"""
     norm_mse_per_layer: dict[int, float]
     explained_variance_per_layer: dict[int, float]
     splice: str
@@ -80,6 +86,8 @@ class Tally:
     def __init__(self, subject: Subject):
         self.subject = subject
         layers, d_sae, wide = len(subject.layers), subject.sae.cfg.d_sae, torch.float64
+        self.tokens = 0
+        self.every_layer = False
         self.count = torch.zeros(layers, dtype=wide)
         self.ratio = torch.zeros(layers, dtype=wide)  # ||error||^2 / ||z||^2
         self.error = torch.zeros(layers, dtype=wide)
@@ -95,7 +103,14 @@ class Tally:
 
     def add_reading(self, reading: Reading, keep: Tensor) -> None:
         acts, out = self.subject.autoencode(reading, keep)
-        z, layer = reading.original[keep].double(), reading.layer[keep].cpu()
+        self.tokens += len(acts)
+        self.every_layer = reading.every_layer
+        z, layer = reading.original[keep], reading.layer[keep].cpu()
+        if reading.every_layer:  # each layer of a token is a reconstruction of its own
+            n_layers = len(self.count)
+            z, out = split_layers(z, n_layers).flatten(0, 1), split_layers(out, n_layers).flatten(0, 1)
+            layer = torch.arange(n_layers).repeat(len(acts))
+        z = z.double()
         error = (z - out.double()).pow(2).sum(-1).cpu()
         z = z.cpu()
         square = z.pow(2).sum(-1)
@@ -140,11 +155,16 @@ class Tally:
 
     def result(self, scale_by_p: bool) -> Evaluation:
         assert self.sum is not None
-        n = int(self.count.sum())
+        n, read = self.tokens, self.count.sum()
         variance = self.square - self.sum.pow(2).sum(-1) / self.count.clamp_min(1)
         ce = {name: total / max(self.predicted, 1) for name, total in self.ce.items()}
         per_layer = dict(enumerate(self.subject.layers))
         used = [i for i in per_layer if self.count[i] > 0]
+        explained = 1 - self.error / variance
+        if self.every_layer:
+            explained_variance = explained.mean().item()
+        else:
+            explained_variance = (1 - self.error.sum() / variance.sum()).item()
         label = self.subject.splice_label
         if self.subject.scaled and not scale_by_p:
             label = "reconstruction at the routed layer, unscaled (the authors' splice)"
@@ -161,17 +181,15 @@ class Tally:
             ce_zero=ce["zero"],
             delta_ce=delta,
             loss_recovered=1 - delta / room if room else float("nan"),
-            norm_mse=(self.ratio.sum() / n).item(),
-            explained_variance=(1 - self.error.sum() / variance.sum()).item(),
+            norm_mse=(self.ratio.sum() / read).item(),
+            explained_variance=explained_variance,
             l0=(self.fired.sum() / n).item(),
             dead_latents=int((self.fired == 0).sum()),
             mean_p=self.p / n,
             entropy=self.entropy / n,
-            layer_share={layer: (self.count[i] / n).item() for i, layer in per_layer.items()},
+            layer_share={layer: (self.count[i] / read).item() for i, layer in per_layer.items()},
             norm_mse_per_layer={per_layer[i]: (self.ratio[i] / self.count[i]).item() for i in used},
-            explained_variance_per_layer={
-                per_layer[i]: (1 - self.error[i] / variance[i]).item() for i in used if variance[i] > 0
-            },
+            explained_variance_per_layer={per_layer[i]: explained[i].item() for i in used if variance[i] > 0},
             splice=label,
             firing_frequency=(self.fired / n).float(),
         )

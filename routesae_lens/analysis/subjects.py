@@ -1,8 +1,9 @@
-"""What is evaluated: a RouteSAE or an ordinary SAE, behind one small interface."""
+"""What is evaluated: a RouteSAE, a Crosscoder or an ordinary SAE, behind one small interface."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,22 +12,38 @@ from jaxtyping import Float, Int
 from sae_lens import SAE, TrainingSAE
 from torch import Tensor
 
-from routesae_lens.hook_points import SITES, layer_hook_name, split_layers
+from routesae_lens.hook_points import SITES, join_layers, layer_hook_name, split_layers
+from routesae_lens.saes.crosscoder import Crosscoder
 from routesae_lens.saes.route_sae import RouteSAE, inference_form
 from routesae_lens.saes.router import Route, standardize
-from routesae_lens.splice.replace import Hook, check_device, splice_hooks
+from routesae_lens.splice.replace import (
+    Hook,
+    check_device,
+    chosen_layers,
+    crosscoder_hooks,
+    kept_rows,
+    splice_hooks,
+)
 
 
 @dataclass
 class Reading:
-    """What an SAE makes of one batch of clean activations."""
+    """What an SAE makes of one batch of clean activations.
+
+    ``read`` is d_model for an SAE that reads one layer of each token, and for a Crosscoder, which reads all
+    of them, ``(layer d_model)``: the layers side by side.
+    """
 
     route: Route | None
     layer: Int[Tensor, "batch pos"]
-    x: Float[Tensor, "batch pos d_model"]
+    """The layer each token is read at, as an index into ``Subject.layers``. For a Crosscoder the last one,
+    where the stack is complete: counts by layer made from it say nothing then (see ``every_layer``)."""
+    x: Float[Tensor, "batch pos read"]
     """The activation that the splice replaces."""
-    original: Float[Tensor, "batch pos d_model"]
-    """What the SAE reconstructs, unscaled; ``x`` standardised, or the mixture of soft routing."""
+    original: Float[Tensor, "batch pos read"]
+    """What the SAE reconstructs, unscaled; ``x`` standardised, or the mixture of soft and top-2 routing."""
+    every_layer: bool = False
+    """Whether each token is read at every layer at once, and reconstructed there (a Crosscoder)."""
 
 
 @runtime_checkable
@@ -56,9 +73,11 @@ def subject_of(sae: Any, model: Any) -> Subject:
         check_device(sae, model)
     if isinstance(sae, RouteSAE):
         return _RoutedSubject(sae, model)
+    if isinstance(sae, Crosscoder):
+        return CrosscoderSubject(sae, model)
     if isinstance(sae, SAE):
         return _PlainSubject(sae, model)
-    raise ValueError(f"expected a RouteSAE or a SAELens SAE, got {type(sae).__name__}")
+    raise ValueError(f"expected a RouteSAE, a Crosscoder or a SAELens SAE, got {type(sae).__name__}")
 
 
 class _RoutedSubject:
@@ -66,10 +85,11 @@ class _RoutedSubject:
         self.sae, self.model = sae, model
         self.point, self.layers = sae.mount(model), sae.layers
         self.scaled = sae.cfg.routing == "hard"
-        self.soft = sae.cfg.routing == "soft"
+        self.mixed = sae.cfg.routing in ("soft", "top2")
         self.splice_label = {
             "hard": "reconstruction at the routed layer, p undone",
-            "soft": "reconstruction of the mixture's argmax layer, unscaled",
+            "soft": "reconstruction of the mixture at its argmax layer, unscaled",
+            "top2": "reconstruction of the mixture at its argmax layer, unscaled",
         }.get(sae.cfg.routing, "reconstruction at the routed layer")
 
     def read(self, activation: Tensor, draw: int) -> Reading:
@@ -77,13 +97,13 @@ class _RoutedSubject:
         layers = split_layers(activation, len(self.layers))
         index = route.layer[..., None, None].expand(*route.layer.shape, 1, layers.shape[-1])
         x = layers.gather(-2, index).squeeze(-2)
-        return Reading(route, route.layer, x, route.input if self.soft else standardize(x).x)
+        return Reading(route, route.layer, x, route.input if self.mixed else standardize(x).x)
 
     def autoencode(self, reading: Reading, keep: Tensor) -> tuple[Tensor, Tensor]:
         assert reading.route is not None
         acts = self.sae.encode_routed(reading.route.input[keep])
         out = self.sae.decode(acts)
-        if self.soft:
+        if self.mixed:
             return acts, out
         out = out / reading.route.scale[keep][:, None]
         if not self.sae.cfg.standardize:  # the SAE lives in the model's space; compare standardised
@@ -103,6 +123,56 @@ class _RoutedSubject:
             (layer_hook_name(self.model, layer, self.sae.cfg.site), at(i))
             for i, layer in enumerate(self.layers)
         ]
+
+
+class CrosscoderSubject:
+    """A Crosscoder: every kept token is read, and replaced, at many layers at once.
+
+    Nothing is routed, so a token's layer has probability 1 and entropy 0, as for an ordinary SAE. How much
+    of the dictionary lives in which layer is said by ``Crosscoder.decoder_norms``.
+    """
+
+    scaled = False
+
+    def __init__(self, sae: Crosscoder, model: Any):
+        self.sae, self.model = sae, model
+        self.point, self.layers = sae.mount(model), sae.layers
+        self.splice_at(None)
+
+    def splice_at(self, splice_layers: Sequence[int] | None) -> None:
+        """Choose the block numbers that splice and zero-ablation replace (None: all that are read).
+
+        Raises:
+            ValueError: the Crosscoder does not read one of them.
+        """
+        self.spliced = chosen_layers(self.sae, splice_layers)
+        blocks = "every block"
+        if self.spliced != self.layers:
+            blocks = f"block {', '.join(map(str, self.spliced))} alone"
+        self.splice_label = f"reconstruction at {blocks}, from the latents of the clean pass"
+
+    def read(self, activation: Tensor, draw: int) -> Reading:
+        layers = split_layers(activation, len(self.layers))
+        last = torch.full(activation.shape[:-1], len(self.layers) - 1, device=activation.device)
+        return Reading(None, last, activation, join_layers(standardize(layers).x), every_layer=True)
+
+    def autoencode(self, reading: Reading, keep: Tensor) -> tuple[Tensor, Tensor]:
+        stack = kept_rows(reading.x, keep)
+        acts = self.sae.encode(stack)
+        out = self.sae.decode_layers(acts)
+        if not self.sae.cfg.standardize:  # the SAE lives in the model's space; compare standardised
+            stats = standardize(split_layers(stack, len(self.layers)))
+            out = (out - stats.mean) / stats.std
+        return acts, join_layers(out)
+
+    def splice(self, reading: Reading, keep: Tensor, scale_by_p: bool) -> list[tuple[str, Hook]]:
+        return crosscoder_hooks(self.sae, self.model, reading.x, keep, splice_layers=self.spliced)
+
+    def zero(self, reading: Reading, keep: Tensor) -> list[tuple[str, Hook]]:
+        def hook(x: Tensor, hook: Any = None) -> Tensor:
+            return x.masked_fill(keep[..., None], 0.0)
+
+        return [(layer_hook_name(self.model, layer, self.sae.cfg.site), hook) for layer in self.spliced]
 
 
 class _PlainSubject:

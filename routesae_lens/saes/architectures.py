@@ -99,7 +99,7 @@ class RouteTopKTrainingSAEConfig(RouteTrainingFields, TopKTrainingSAEConfig):
 
 class RouteTopKTrainingSAE(RouteTrainingSAE, FastTopK, TopKTrainingSAE):
     def autoencode_routed(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        return self.fast_autoencode(x)
+        return self.fast_autoencode(x) if self._computable() else super().autoencode_routed(x)
 
     def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
         return super().get_activation_fn() if self.cfg.relu else SignedTopK(self.cfg.k)
@@ -227,7 +227,7 @@ class RouteGatedTrainingSAE(RouteTrainingSAE, GatedTrainingSAE):
         # them, and its reconstruction compares with the very tensor that is encoded.
         x = step_input.sae_in
         target = self._target(x)
-        norm: Any = 1.0 if self.cfg.loss == "mse" else target.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+        norm = self._input_norm(x)
         gate = torch.relu((x - self.b_dec * self.cfg.apply_b_dec_to_input) @ self.W_enc + self.b_gate)
         l1 = (gate * self.W_dec.norm(dim=1)).sum(-1, keepdim=True) / norm
         error = (gate @ self.W_dec + self.b_dec - target) / norm

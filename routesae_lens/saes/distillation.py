@@ -51,7 +51,7 @@ def distill(sae: RouteTrainingSAE, x: Float[Tensor, "batch layer d_model"], step
         layer = torch.cat([best, layer[asked:]])
     random = uniform_layers((n,), n_layers, cfg.route_seed, draw=2 * step, device=x.device)
     coin = uniform_layers((n,), 2**20, cfg.route_seed, draw=2 * step + 1, device=x.device) / 2**20
-    explore = coin < (1.0 if step < cfg.uniform_steps else cfg.explore)
+    explore = coin < (1.0 if step < (cfg.uniform_steps or 0) else cfg.explore)
     layer = torch.where(explore, random, layer)
     return Lesson(sae.read_layers(x, probs, layer, torch.ones_like(probs[..., 0])), losses, metrics)
 

@@ -230,13 +230,18 @@ class FastTopK(TrainingSAE[Any]):
         hooks = (self.hook_sae_input, self.hook_sae_acts_pre, self.hook_sae_acts_post, self.hook_sae_recons)
         return (
             (self.cfg.aux_loss_coefficient == 0 or dead is None or not bool(dead.any()))
-            and self.W_enc.device.type == "cpu"
-            and self.dtype in (torch.float32, torch.float64)
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
+            and self._computable()
             and not any(
                 hook._forward_hooks or hook._forward_pre_hooks or hook._backward_hooks for hook in hooks
             )
+        )
+
+    def _computable(self) -> bool:
+        return (
+            self.W_enc.device.type == "cpu"
+            and self.dtype in (torch.float32, torch.float64)
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
             and self.cfg.normalize_activations in ("none", "expected_average_only_in")
             and self.cfg.reshape_activations == "none"
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -35,7 +35,7 @@ from routesae_lens.saes.router import (
     Route,
     RoutingContext,
 )
-from routesae_lens.saes.stack import StackFields, StackSAE
+from routesae_lens.saes.stack import StackFields, StackSAE, StackTrainingFields, StackTrainingSAE
 
 
 @dataclass(kw_only=True)
@@ -211,27 +211,25 @@ class RouteSAE(Routed):
 
 
 @dataclass(kw_only=True)
-class RouteTrainingFields(RouteFields):
+class RouteTrainingFields(RouteFields, StackTrainingFields):
     """Training fields on top of :class:`RouteFields`.
 
     Args:
-        loss: "normalized_mse" divides the squared error by ||x||^2 per token (the authors' code);
-            "mse" is Eq. 12.
         balance_coefficient: of a load-balancing loss, ``n_layers * sum_l share_l * mean p_l`` (1 at balance).
         entropy_coefficient: of a loss that adds the mean entropy of the probabilities (nats); negative
             values reward entropy.
         router_warm_up_steps: both coefficients rise linearly from 0 over so many steps.
-        uniform_steps: for ``routing="distilled"``: read a uniformly random layer in the first steps.
+        uniform_steps: for ``routing="distilled"``: read a uniformly random layer in the first steps. None
+            lets ``train`` choose 15 % of its steps; SAELens' own runners take it as 0.
         explore: for ``routing="distilled"``: share of tokens that read a random layer afterwards.
         oracle_fraction: for ``routing="distilled"``: share of each batch on which the oracle is asked. It
             costs ``n_layers`` encodings of those tokens.
     """
 
-    loss: Literal["normalized_mse", "mse"] = "normalized_mse"
     balance_coefficient: float = 0.0
     entropy_coefficient: float = 0.0
     router_warm_up_steps: int = 0
-    uniform_steps: int = 0
+    uniform_steps: int | None = None
     explore: float = 0.1
     oracle_fraction: float = 0.25
 
@@ -241,23 +239,18 @@ class RouteTrainingFields(RouteFields):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
         for name in ("uniform_steps", "router_warm_up_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+            steps = getattr(self, name)
+            if steps is not None and (not isinstance(steps, int) or steps < 0):
+                raise ValueError(f"{name} must be a number of steps, 0 or more; got {steps!r}")
         if (self.balance_coefficient or self.entropy_coefficient) and not ROUTINGS[self.routing].learned:
             raise ValueError(
                 f"routing={self.routing!r} has no learned router that balance_coefficient or "
                 "entropy_coefficient could act on"
             )
-        if self.loss not in ("normalized_mse", "mse"):
-            raise ValueError(f"unknown loss {self.loss!r}; known: normalized_mse, mse")
 
 
-class RouteTrainingSAE(Routed, TrainingSAE[Any]):
+class RouteTrainingSAE(Routed, StackTrainingSAE):
     """Common base of the routed training SAEs."""
-
-    def __init__(self, cfg: Any, use_error_term: bool = False):
-        super().__init__(cfg, use_error_term)
-        self.mse_loss_fn = self._reconstruction_loss  # SAELens sets its own on every construction
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         if self.cfg.routing == "every":
@@ -289,50 +282,9 @@ class RouteTrainingSAE(Routed, TrainingSAE[Any]):
             if value
         }
 
-    def _reconstruction_loss(
-        self, preds: Float[Tensor, "*batch d_model"], target: Float[Tensor, "*batch d_model"]
-    ) -> Float[Tensor, "*batch d_model"]:
-        target = self._target(target)
-        error = (preds - target).pow(2)
-        if self.cfg.loss == "mse":
-            return error
-        return error / target.pow(2).sum(-1, keepdim=True).clamp_min(1e-12)
-
-    def _target(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """What reconstructions are compared with, and whether the router has a part in it."""
+    def _target(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         # Attached, the normalised loss of straight_through would be scale-free and the router learn nothing.
         return x.detach() if self.cfg.routing == "straight_through" else x
-
-    def calculate_aux_loss(
-        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
-    ) -> Tensor | dict[str, Tensor]:
-        """SAELens' auxiliary losses, on the scale of the reconstruction loss."""
-        if getattr(self.cfg, "aux_loss_coefficient", None) == 0:
-            return {}  # SAELens would compute it and multiply by zero
-        if self.cfg.loss == "mse":
-            return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
-        # The norm keeps its gradient (but for straight_through): as a constant it would reward shrinking p.
-        norm = self._target(step_input.sae_in).norm(dim=-1, keepdim=True).clamp_min(1e-6)
-        return self._normalized_aux_loss(step_input, feature_acts, hidden_pre, sae_out, norm)
-
-    def _normalized_aux_loss(
-        self,
-        step_input: TrainStepInput,
-        feature_acts: Tensor,
-        hidden_pre: Tensor,
-        sae_out: Tensor,
-        norm: Float[Tensor, "*batch 1"],
-    ) -> Tensor | dict[str, Tensor]:
-        """Auxiliary losses with squared errors divided per token by ||x||^2 and L1 by ||x||.
-
-        This default serves losses that are homogeneous in the activations: scaling what goes in is enough.
-        """
-        return super().calculate_aux_loss(
-            replace(step_input, sae_in=step_input.sae_in / norm),
-            feature_acts if feature_acts.is_sparse else feature_acts / norm,
-            hidden_pre / norm,
-            sae_out / norm,
-        )
 
     @torch.no_grad()
     def init_from(self, sae: SAE[Any]) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from sae_lens import SAE
-from sae_lens.saes.sae import SAEMetadata
+from sae_lens import SAE, TrainingSAE
+from sae_lens.saes.sae import SAEMetadata, TrainStepInput
 from torch import Tensor
 
 from routesae_lens.hook_points import (
@@ -146,6 +146,82 @@ class StackSAE(SAE[Any]):
         )
 
 
+@dataclass(kw_only=True)
+class StackTrainingFields(StackFields):
+    """Training fields on top of :class:`StackFields`.
+
+    Args:
+        loss: "normalized_mse" divides the squared error by ||x||^2 per token (the RouteSAE authors' code);
+            "mse" does not (Eq. 12).
+    """
+
+    loss: Literal["normalized_mse", "mse"] = "normalized_mse"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_known(loss=("normalized_mse", "mse"))
+
+
+class StackTrainingSAE(StackSAE, TrainingSAE[Any]):
+    """Common base of their training forms: the reconstruction loss, and SAELens' other losses on its scale."""
+
+    def __init__(self, cfg: Any, use_error_term: bool = False):
+        super().__init__(cfg, use_error_term)
+        self.mse_loss_fn = self._reconstruction_loss  # SAELens sets its own on every construction
+
+    def _reconstruction_loss(
+        self, preds: Float[Tensor, "*batch d"], target: Float[Tensor, "*batch d"]
+    ) -> Float[Tensor, "*batch d"]:
+        target = self._target(target)
+        error = (preds - target).pow(2)
+        if self.cfg.loss == "mse":
+            return error
+        return error / target.pow(2).sum(-1, keepdim=True).clamp_min(1e-12)
+
+    def _target(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """What reconstructions are compared with."""
+        return x
+
+    def _input_norm(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1"]:
+        """What losses of first order are divided by: ||x||, or 1 for the plain MSE.
+
+        It keeps its gradient where the target does: as a constant it would reward a router for shrinking p.
+        """
+        if self.cfg.loss == "mse":
+            return torch.ones_like(x[..., :1])
+        return self._target(x).norm(dim=-1, keepdim=True).clamp_min(1e-6)
+
+    def calculate_aux_loss(
+        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+    ) -> Tensor | dict[str, Tensor]:
+        """SAELens' auxiliary losses, on the scale of the reconstruction loss."""
+        if getattr(self.cfg, "aux_loss_coefficient", None) == 0:
+            return {}  # SAELens would compute it and multiply by zero
+        if self.cfg.loss == "mse":
+            return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
+        norm = self._input_norm(step_input.sae_in)
+        return self._normalized_aux_loss(step_input, feature_acts, hidden_pre, sae_out, norm)
+
+    def _normalized_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: Tensor,
+        hidden_pre: Tensor,
+        sae_out: Tensor,
+        norm: Float[Tensor, "*batch 1"],
+    ) -> Tensor | dict[str, Tensor]:
+        """Auxiliary losses with squared errors divided per token by ||x||^2 and L1 by ||x||.
+
+        This default serves losses that are homogeneous in the activations: scaling what goes in is enough.
+        """
+        return super().calculate_aux_loss(
+            replace(step_input, sae_in=step_input.sae_in / norm),
+            feature_acts if feature_acts.is_sparse else feature_acts / norm,
+            hidden_pre / norm,
+            sae_out / norm,
+        )
+
+
 class _Memo:
     """The last standardised stack: many SAEs read the same one in a training step."""
 
@@ -166,9 +242,9 @@ def standardized_once(
 ) -> Standardized:
     """``standardize(layers)``, remembered for as long as the very same ``stack`` lives unchanged.
 
-    Gradients through the stack are kept: a stack that needs them is standardised anew.
+    A stack that needs gradients, or was made in inference mode (no version counter), is standardised anew.
     """
-    if stack.requires_grad or torch.compiler.is_compiling():
+    if stack.requires_grad or stack.is_inference() or torch.compiler.is_compiling():
         return standardize(layers)
     known = _memo.source() if _memo.source is not None else None
     key = (stack._version, stack.data_ptr(), layers.shape, layers.dtype)

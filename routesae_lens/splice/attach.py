@@ -1,60 +1,52 @@
-"""Attaching RouteSAEs to a model beside ordinary SAEs: what both model classes of ``hooked.py`` share.
+"""Attaching RouteSAEs and Crosscoders to a model beside ordinary SAEs, and detaching them.
 
-While a RouteSAE is attached, a forward pass is two: a *routing pass* up to the last routed layer, with the
-RouteSAEs bypassed (user hooks and ordinary SAEs stay on), and the *spliced pass*, in which each token's
-reconstruction replaces the stream at its routed layer. Routes are constants for gradients.
+What both model classes of ``hooked.py`` share; ``running.py`` has the forward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
-import torch
-from jaxtyping import Int
-from sae_lens import SAE
+from sae_lens import SAE, TrainingSAE
 from sae_lens.analysis.hooked_sae_transformer import (
     _SAEWrapper,
     get_deep_attr,
 )
 from sae_lens.util import get_special_token_ids
-from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from routesae_lens.hook_points import LayersHookPoint, layer_hook_name, mounted_points, unmount_layers
-from routesae_lens.saes.route_sae import Routed, RouteSAE, RouteTrainingSAE
-from routesae_lens.saes.router import Route
-from routesae_lens.splice.attached import Attached
-from routesae_lens.splice.layer_view import LayerSplice
-from routesae_lens.splice.replace import check_device
+from routesae_lens.saes.crosscoder import Crosscoder
+from routesae_lens.saes.route_sae import RouteSAE
+from routesae_lens.saes.stack import StackSAE
+from routesae_lens.splice.attached import Attached, AttachedCrosscoder, AttachedRouteSAE
+from routesae_lens.splice.crosscoder import CrosscoderPass
+from routesae_lens.splice.layer_view import StackSplice
+from routesae_lens.splice.replace import check_device, chosen_layers
 
 Exclude = bool | list[int] | None
-"""Tokens a RouteSAE leaves alone: special ones (True), listed ids, none (False), or as in training (None)."""
+"""Tokens that are left alone: special ones (True), listed ids, none (False), or as in training (None)."""
 
 
-class RouteSplicing:
-    """What both model classes below share. Not for use alone."""
-
-    @property
-    def last_routes(self) -> dict[str, Route]:
-        """Routes of the last forward pass, by the name that :attr:`route_saes` gives each RouteSAE.
-
-        They stay readable after the RouteSAE is detached, until the next pass with one attached.
-        """
-        return self.__dict__.get("_last_routes", {})
+class Attaching:
+    """What is attached, and how. Not for use alone."""
 
     @property
     def route_saes(self) -> dict[str, RouteSAE]:
         """Attached RouteSAEs by the name of their multi-layer hook point."""
-        return {point: attached.sae for point, attached in self._attached.items()}
+        return {name: on.sae for name, on in self._attached.items() if isinstance(on, AttachedRouteSAE)}
+
+    @property
+    def crosscoders(self) -> dict[str, Crosscoder]:
+        """Attached Crosscoders by the name of their multi-layer hook point."""
+        return {name: on.sae for name, on in self._attached.items() if isinstance(on, AttachedCrosscoder)}
 
     @property
     def _attached(self) -> dict[str, Attached]:
         # Made on demand: SAELens and from_model turn a model into ours without calling __init__.
-        return self.__dict__.setdefault("_attached_route_saes", {})
-
-    # --- attaching ---------------------------------------------------------------------------------
+        return self.__dict__.setdefault("_attached_stack_saes", {})
 
     def add_sae(
         self,
@@ -62,66 +54,90 @@ class RouteSplicing:
         use_error_term: bool | None = None,
         exclude_special_tokens: Exclude = None,
         scale_by_p: bool = True,
+        splice_layers: Sequence[int] | None = None,
     ) -> None:
-        """Attach an SAE, transcoder or RouteSAE until ``reset_saes``.
+        """Attach an SAE, transcoder, RouteSAE or Crosscoder until ``reset_saes``.
 
         A RouteSAE appears on every routed layer: its latents of shape (batch, pos, d_sae), zero at tokens
         routed elsewhere, are at ``blocks.{i}.hook_resid_post.hook_sae_acts_post`` (on the bridge under the
         canonical name that ``get_sae_hook_name(model.acts_to_saes[...])`` gives). Only routed tokens are
-        encoded. If anything goes wrong nothing is attached.
+        encoded.
+
+        A Crosscoder replaces several layers of a token from one set of latents, those of the clean pass.
+        They are at ``<point>.hook_sae_acts_post``, with the name of its multi-layer hook point (the key of
+        :attr:`crosscoders`), and fire once; what a hook writes there reaches every spliced layer. Its
+        error term is that of the clean pass, one for each layer. If anything goes wrong nothing is attached.
 
         Args:
-            sae: what to attach; a RouteSAE in its inference form.
+            sae: what to attach; a RouteSAE or Crosscoder in its inference form.
             use_error_term: add the error term, so that outputs stay what they were (None: as the SAE says).
             exclude_special_tokens: True (the tokenizer's), token ids, or False: the tokens to leave alone.
-                None: for a RouteSAE as it was trained (metadata), for other SAEs False. Positions outside
-                the metadata's ``seqpos_slice`` are left alone by a RouteSAE in any case.
-            scale_by_p: consistent with training (default); False is the RouteSAE authors' splice.
+                None: for a RouteSAE or Crosscoder as it was trained (metadata), for other SAEs False.
+                Positions outside the metadata's ``seqpos_slice`` are left alone by these two in any case.
+            scale_by_p: for RouteSAEs, consistent with training (default); False is the authors' splice.
+            splice_layers: for Crosscoders, the block numbers to replace (None: all that it reads).
 
         Raises:
-            ValueError: the hook does not exist or is taken, or the SAE does not fit the model.
-            TypeError: a training RouteSAE, or an option that the SAE has no use for.
+            ValueError: the hook does not exist or is taken, or the SAE does not fit the model, or
+                ``splice_layers`` names layers that it does not read.
+            TypeError: a training SAE of several layers, or an option that the SAE has no use for.
         """
         if not isinstance(sae, SAE):
-            raise TypeError(f"expected a SAELens SAE, transcoder or RouteSAE, got {type(sae).__name__}")
-        if isinstance(sae, RouteTrainingSAE):
+            raise TypeError(
+                f"expected a SAELens SAE, transcoder, RouteSAE or Crosscoder, got {type(sae).__name__}"
+            )
+        if isinstance(sae, StackSAE) and isinstance(sae, TrainingSAE):
             raise TypeError(
                 f"{type(sae).__name__} is a training SAE. Attach inference_form(sae) "
-                "(routesae_lens.saes.route_sae), or sae.save_inference_model(path) and RouteSAE.load_from_disk(path)."
+                "(routesae_lens.saes.route_sae), or sae.save_inference_model(path) and SAE.load_from_disk(path)."
             )
-        if isinstance(sae, RouteSAE):
-            self._attach(sae, use_error_term, exclude_special_tokens, scale_by_p)
-            return
-        if not scale_by_p:
+        if not scale_by_p and not isinstance(sae, RouteSAE):
             raise TypeError(f"scale_by_p=False is for RouteSAEs, not for {type(sae).__name__}")
+        if splice_layers is not None and not isinstance(sae, Crosscoder):
+            raise TypeError(f"splice_layers is for Crosscoders, not for {type(sae).__name__}")
+        if isinstance(sae, RouteSAE | Crosscoder):
+            self._attach(sae, use_error_term, exclude_special_tokens, scale_by_p, splice_layers)
+            return
         self._check_ordinary(sae)
         parent: Any = super()
         parent.add_sae(sae, use_error_term=use_error_term, **self._ordinary_options(exclude_special_tokens))
 
-    def _attach(self, sae: RouteSAE, use_error_term: bool | None, exclude: Exclude, scale_by_p: bool) -> str:
+    def _attach(
+        self,
+        sae: RouteSAE | Crosscoder,
+        use_error_term: bool | None,
+        exclude: Exclude,
+        scale_by_p: bool,
+        splice_layers: Sequence[int] | None,
+    ) -> None:
         check_device(sae, self)
+        layers = chosen_layers(sae, splice_layers) if isinstance(sae, Crosscoder) else sae.layers
         excluded = self._excluded_ids(sae, exclude)
         before = mounted_points(self)
         point = sae.mount(self)
         if point in self._attached:
-            raise ValueError(f"a RouteSAE is already attached to the layers {sae.layers} ({point})")
-        attached = Attached(
-            sae=sae,
-            mounted=point not in before,
-            scale_by_p=scale_by_p,
-            excluded=excluded,
-            positions=slice(*(sae.cfg.metadata.seqpos_slice or (None,))),
-            splices={},
-        )
+            raise ValueError(
+                f"a {_kind(self._attached[point].sae)} is already attached to the layers {sae.layers} ({point})"
+            )
+        common: dict[str, Any] = {
+            "layers": layers,
+            "mounted": point not in before,
+            "excluded": excluded,
+            "positions": slice(*(sae.cfg.metadata.seqpos_slice or (None,))),
+        }
+        attached: Attached
+        if isinstance(sae, RouteSAE):
+            attached = AttachedRouteSAE(sae=sae, scale_by_p=scale_by_p, **common)
+        else:
+            attached = AttachedCrosscoder(sae=sae, running=CrosscoderPass(sae, point), **common)
         self._attached[point] = attached
         try:
-            for index, layer in enumerate(sae.layers):
+            for layer in layers:
                 name = f"blocks.{layer}.{sae.cfg.site}"
                 path = layer_hook_name(self, layer, sae.cfg.site)
-                splice = LayerSplice(
-                    sae,
-                    index,
-                    hook_name=name,
+                splice = attached.splice_at(
+                    layer,
+                    name,
                     path=path,
                     original=self._free_hook(path),
                     use_error_term=sae.use_error_term if use_error_term is None else use_error_term,
@@ -129,25 +145,32 @@ class RouteSplicing:
                 attached.splices[name] = splice
                 self._put(path, splice)
                 self._saes_by_hook[name] = splice
+            hook = self._hook_at(point)
+            assert isinstance(hook, LayersHookPoint)  # it has just been mounted
+            if attached.shown_on(hook):
+                self._put(point, hook)
         except BaseException:
             self._detach(point)
             raise
-        return point
 
     def _detach(self, point: str) -> None:
         attached = self._attached.pop(point)
         for name, splice in attached.splices.items():
             self._put(splice.path, splice.hook_original)
             self._saes_by_hook.pop(name, None)
+        hook = self._hook_at(point)
+        if isinstance(hook, LayersHookPoint) and attached.hidden_on(hook):
+            self._put(point, hook)
         if attached.mounted:
             unmount_layers(self, point)
 
     def _free_hook(self, path: str) -> HookPoint:
         """The HookPoint at ``path``, or a ValueError that says what occupies it."""
         for name, wrapper in self._saes_by_hook.items():
-            if isinstance(wrapper, LayerSplice):
+            if isinstance(wrapper, StackSplice):
                 if wrapper.path == path:
-                    raise ValueError(f"{path} already carries a RouteSAE; two cannot share a layer")
+                    kind = self._kinds_by_path()[path]
+                    raise ValueError(f"{path} already carries a {kind}; two cannot share a layer")
             elif path in self._paths(wrapper.sae):
                 raise ValueError(f"{path} already carries an SAE ({name}); reset_saes({name!r}) removes it")
         hook = self._hook_at(path)
@@ -155,12 +178,12 @@ class RouteSplicing:
         return hook
 
     def _check_ordinary(self, sae: SAE[Any]) -> None:
-        """Refuse what SAELens would skip with a warning, or what would displace a RouteSAE."""
-        taken = {splice.path for attached in self._attached.values() for splice in attached.splices.values()}
+        """Refuse what SAELens would skip with a warning, or what would displace a RouteSAE or Crosscoder."""
+        taken = self._kinds_by_path()
         for path in self._paths(sae):
             if path in taken:
                 raise ValueError(
-                    f"{path} carries a RouteSAE; reset_saes({path!r}) removes it from all its layers"
+                    f"{path} carries a {taken[path]}; reset_saes({path!r}) removes it from all its layers"
                 )
             hook = self._hook_at(path)
             if hook is None:
@@ -171,6 +194,10 @@ class RouteSplicing:
                 raise ValueError(
                     f"{path} is a read-only copy of several layers; nothing can be spliced there"
                 )
+
+    def _kinds_by_path(self) -> dict[str, str]:
+        """What carries each layer that a RouteSAE or Crosscoder is spliced at."""
+        return {s.path: _kind(on.sae) for on in self._attached.values() for s in on.splices.values()}
 
     def _paths(self, sae: SAE[Any]) -> list[str]:
         """Where an ordinary SAE reads and writes, as paths on the model."""
@@ -187,7 +214,7 @@ class RouteSplicing:
             return None
         return hook if isinstance(hook, HookPoint | _SAEWrapper) else None
 
-    def _excluded_ids(self, sae: RouteSAE, exclude: Exclude) -> list[int]:
+    def _excluded_ids(self, sae: StackSAE, exclude: Exclude) -> list[int]:
         if exclude is None:
             exclude = sae.cfg.metadata.exclude_special_tokens or False
         if exclude is False:
@@ -198,7 +225,7 @@ class RouteSplicing:
         if tokenizer is None:
             raise ValueError(
                 "exclude_special_tokens=True needs the model's tokenizer, and it has none; give a list of token "
-                "ids, or False. (Without the argument a RouteSAE leaves alone what its training left out.)"
+                "ids, or False. (Without the argument this SAE leaves alone what its training left out.)"
             )
         return get_special_token_ids(tokenizer)
 
@@ -206,8 +233,8 @@ class RouteSplicing:
         """Detach SAEs.
 
         Args:
-            act_names: hook names of ordinary SAEs; the point's name or any layer's hook name of a RouteSAE,
-                which is then removed from all its layers. None: everything.
+            act_names: hook names of ordinary SAEs; the point's name or any layer's hook name of a RouteSAE or
+                Crosscoder, which is then removed from all its layers. None: everything.
 
         Raises:
             ValueError: nothing is attached under one of the names; then nothing is detached.
@@ -238,14 +265,19 @@ class RouteSplicing:
         use_error_term: bool | None = None,
         exclude_special_tokens: Exclude = None,
         scale_by_p: bool = True,
+        splice_layers: Sequence[int] | None = None,
     ) -> Iterator[Any]:
         """Context manager: the SAEs attached inside, and what was there before restored at its end.
 
-        Takes SAEs and RouteSAEs; arguments and errors as in :meth:`add_sae` (``scale_by_p`` is for the
-        RouteSAEs among them). ``reset_saes_end=False`` leaves them attached.
+        Takes SAEs, RouteSAEs and Crosscoders; arguments and errors as in :meth:`add_sae` (``scale_by_p`` is
+        for the RouteSAEs among them, ``splice_layers`` for the Crosscoders, of which there must then be
+        one). ``reset_saes_end=False`` leaves them attached.
         """
         listed = [saes] if isinstance(saes, SAE) else list(saes)
-        ordinary = [sae for sae in listed if not isinstance(sae, Routed)]
+        if splice_layers is not None and not any(isinstance(sae, Crosscoder) for sae in listed):
+            kinds = ", ".join(type(sae).__name__ for sae in listed) or "nothing"
+            raise TypeError(f"splice_layers is for Crosscoders, got {kinds}")
+        ordinary = [sae for sae in listed if not isinstance(sae, StackSAE)]
         for sae in ordinary:
             self._check_ordinary(sae)  # before SAELens notes what it is going to restore
         options = self._ordinary_options(exclude_special_tokens) if ordinary else {}
@@ -254,8 +286,13 @@ class RouteSplicing:
             added: list[str] = []
             try:
                 for sae in listed:
-                    if isinstance(sae, Routed):
-                        self.add_sae(sae, use_error_term, exclude_special_tokens, scale_by_p)
+                    if isinstance(sae, StackSAE):
+                        own: dict[str, Any] = (
+                            {"splice_layers": splice_layers}
+                            if isinstance(sae, Crosscoder)
+                            else {"scale_by_p": scale_by_p}
+                        )
+                        self.add_sae(sae, use_error_term, exclude_special_tokens, **own)
                         added.append(next(reversed(self._attached)))
                 yield self
             finally:
@@ -263,114 +300,6 @@ class RouteSplicing:
                     for point in added:
                         if point in self._attached:  # the caller may have reset it
                             self._detach(point)
-
-    # --- running -----------------------------------------------------------------------------------
-
-    def run_with_saes(
-        self,
-        *model_args: Any,
-        saes: SAE[Any] | Sequence[SAE[Any]] = (),
-        reset_saes_end: bool = True,
-        use_error_term: bool | None = None,
-        exclude_special_tokens: Exclude = None,
-        scale_by_p: bool = True,
-        **model_kwargs: Any,
-    ) -> Any:
-        """One forward pass inside :meth:`saes`."""
-        with self.saes(saes, reset_saes_end, use_error_term, exclude_special_tokens, scale_by_p) as model:
-            return model(*model_args, **model_kwargs)
-
-    def run_with_cache_with_saes(
-        self,
-        *model_args: Any,
-        saes: SAE[Any] | Sequence[SAE[Any]] = (),
-        reset_saes_end: bool = True,
-        use_error_term: bool | None = None,
-        exclude_special_tokens: Exclude = None,
-        scale_by_p: bool = True,
-        return_cache_object: bool = True,
-        remove_batch_dim: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """``run_with_cache`` inside :meth:`saes`; the cache is that of the spliced pass."""
-        with self.saes(saes, reset_saes_end, use_error_term, exclude_special_tokens, scale_by_p) as model:
-            return model.run_with_cache(
-                *model_args,
-                return_cache_object=return_cache_object,
-                remove_batch_dim=remove_batch_dim,
-                **kwargs,
-            )
-
-    def run_with_hooks_with_saes(
-        self,
-        *model_args: Any,
-        saes: SAE[Any] | Sequence[SAE[Any]] = (),
-        reset_saes_end: bool = True,
-        use_error_term: bool | None = None,
-        exclude_special_tokens: Exclude = None,
-        scale_by_p: bool = True,
-        fwd_hooks: Sequence[tuple[Any, Any]] = (),
-        bwd_hooks: Sequence[tuple[Any, Any]] = (),
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
-        **model_kwargs: Any,
-    ) -> Any:
-        """``run_with_hooks`` inside :meth:`saes`. Up to the last routed layer, hooks on the model fire in both
-        passes; hooks on a RouteSAE's own points in the spliced pass only."""
-        with self.saes(saes, reset_saes_end, use_error_term, exclude_special_tokens, scale_by_p) as model:
-            return model.run_with_hooks(
-                *model_args,
-                fwd_hooks=list(fwd_hooks),
-                bwd_hooks=list(bwd_hooks),
-                reset_hooks_end=reset_hooks_end,
-                clear_contexts=clear_contexts,
-                **model_kwargs,
-            )
-
-    def forward(self, input: Any, **kwargs: Any) -> Any:
-        """The model's forward pass; with RouteSAEs attached, a routing pass and the spliced pass.
-
-        Raises:
-            NotImplementedError: an argument with which the splice would be wrong (a KV cache, for instance).
-            ValueError: the routing pass cannot see all routed layers, or special tokens cannot be told.
-        """
-        parent: Any = super()
-        if not self._attached:
-            return parent.forward(input, **kwargs)
-        self._check_forward(kwargs)
-        tokens = None
-        if any(attached.excluded for attached in self._attached.values()):
-            tokens = self._token_ids(input, kwargs)
-        routes = self.__dict__["_last_routes"] = self._routes(input, kwargs)
-        with ExitStack() as routed:
-            for point, attached in self._attached.items():
-                routed.enter_context(attached.routed(routes[point], tokens))
-            return parent.forward(input, **kwargs)
-
-    @torch.no_grad()
-    def _routes(self, input: Any, kwargs: dict[str, Any]) -> dict[str, Route]:
-        """The routing pass. It stops after the last routed layer."""
-        parent: Any = super()
-        stacks: dict[str, Tensor] = {}
-        not_for_it = ("return_type", "loss_per_token", "labels", "stop_at_layer")
-        options = {key: value for key, value in kwargs.items() if key not in not_for_it}
-        last = max(attached.sae.layers[-1] for attached in self._attached.values())
-        with ExitStack() as routing:
-            for point, attached in self._attached.items():
-
-                def keep(_module: Any, _args: Any, stack: Tensor, point: str = point) -> None:
-                    stacks[point] = stack
-
-                routing.callback(get_deep_attr(self, point).register_forward_hook(keep).remove)
-                routing.enter_context(attached.bypassed())
-            parent.forward(input, return_type=None, stop_at_layer=last + 1, **options)
-        for point in self._attached:
-            if point not in stacks:
-                raise RuntimeError(
-                    f"the routing pass ended before {point} fired, so tokens cannot be routed. Was it stopped "
-                    "by a hook, or by run_with_cache(..., stop_at_layer=...) on a bridge?"
-                )
-        return {point: attached.sae.route(stacks[point]) for point, attached in self._attached.items()}
 
     # --- where the two model classes differ --------------------------------------------------------
 
@@ -382,7 +311,7 @@ class RouteSplicing:
         """Path on the model of a hook name that may be an alias."""
         raise NotImplementedError
 
-    def _put(self, path: str, module: HookPoint | LayerSplice) -> None:
+    def _put(self, path: str, module: HookPoint | StackSplice) -> None:
         """Let ``module`` stand at ``path``, and the model know its hook points."""
         raise NotImplementedError
 
@@ -390,10 +319,6 @@ class RouteSplicing:
         """Arguments for SAELens' own add_sae and saes."""
         raise NotImplementedError
 
-    def _check_forward(self, kwargs: dict[str, Any]) -> None:
-        """Refuse arguments with which the splice would be wrong."""
-        raise NotImplementedError
 
-    def _token_ids(self, input: Any, kwargs: dict[str, Any]) -> Int[Tensor, "batch pos"] | None:
-        """Token ids of what forward was given; None if it was given embeddings."""
-        raise NotImplementedError
+def _kind(sae: StackSAE) -> str:
+    return "RouteSAE" if isinstance(sae, RouteSAE) else "Crosscoder"

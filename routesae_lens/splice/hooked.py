@@ -1,4 +1,4 @@
-"""SAELens' two model classes, able to carry RouteSAEs beside ordinary SAEs."""
+"""SAELens' two model classes, able to carry RouteSAEs and Crosscoders beside ordinary SAEs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from routesae_lens.splice.attach import Exclude, RouteSplicing
-from routesae_lens.splice.layer_view import LayerSplice
+from routesae_lens.splice.attach import Exclude
+from routesae_lens.splice.layer_view import StackSplice
+from routesae_lens.splice.running import RouteSplicing
 
 
 class HookedRouteSAETransformer(RouteSplicing, HookedSAETransformer):
-    """SAELens' HookedSAETransformer with RouteSAEs.
+    """SAELens' HookedSAETransformer with RouteSAEs and Crosscoders.
 
     ``generate`` works with ``use_past_kv_cache=False``: it runs both passes over the whole sequence for
     every new token. Source: SAELens ``analysis/hooked_sae_transformer.py``.
@@ -54,10 +55,10 @@ class HookedRouteSAETransformer(RouteSplicing, HookedSAETransformer):
         return super().forward(input, return_type=return_type, loss_per_token=loss_per_token, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """HookedTransformer.generate; with a RouteSAE attached only with ``use_past_kv_cache=False``.
+        """HookedTransformer.generate; with a RouteSAE or Crosscoder attached, ``use_past_kv_cache`` must be False.
 
         Raises:
-            NotImplementedError: a RouteSAE is attached and the KV cache is on (its default).
+            NotImplementedError: a RouteSAE or Crosscoder is attached and the KV cache is on (its default).
         """
         if not self._attached:
             return super().generate(*args, **kwargs)
@@ -71,17 +72,17 @@ class HookedRouteSAETransformer(RouteSplicing, HookedSAETransformer):
             del self.__dict__["_embedded_tokens"]
 
     def generate_stream(self, *args: Any, **kwargs: Any) -> Any:
-        """HookedTransformer.generate_stream; refused (NotImplementedError) while a RouteSAE is attached."""
+        """HookedTransformer.generate_stream; a NotImplementedError while a RouteSAE or Crosscoder is attached."""
         if self._attached:
             raise NotImplementedError(
-                "generate_stream with a RouteSAE attached; use generate(..., use_past_kv_cache=False)"
+                "generate_stream with a RouteSAE or Crosscoder attached; use generate(..., use_past_kv_cache=False)"
             )
         return super().generate_stream(*args, **kwargs)
 
     def _path(self, hook_name: str) -> str:
         return hook_name
 
-    def _put(self, path: str, module: HookPoint | LayerSplice) -> None:
+    def _put(self, path: str, module: HookPoint | StackSplice) -> None:
         set_deep_attr(self, path, module)
         self.setup()
 
@@ -91,16 +92,16 @@ class HookedRouteSAETransformer(RouteSplicing, HookedSAETransformer):
     def _check_forward(self, kwargs: dict[str, Any]) -> None:
         if kwargs.get("past_kv_cache") is not None:
             raise NotImplementedError(
-                "a KV cache with a RouteSAE attached: the cache would hold spliced keys and values, and the "
-                "routing pass needs clean ones. Use generate(..., use_past_kv_cache=False), or run the whole "
-                "sequence without past_kv_cache."
+                "a KV cache with a RouteSAE or Crosscoder attached: the cache would hold spliced keys and values, "
+                "and the routing pass needs clean ones. Use generate(..., use_past_kv_cache=False), or run the "
+                "whole sequence without past_kv_cache."
             )
         first = min(attached.sae.layers[0] for attached in self._attached.values())
         start = kwargs.get("start_at_layer") or 0
         start = start + self.cfg.n_layers if start < 0 else start
         if start > first:
             raise ValueError(
-                f"start_at_layer={start} is after layer {first}, the first that a RouteSAE routes"
+                f"start_at_layer={start} is after layer {first}, the first that a RouteSAE or Crosscoder reads"
             )
 
     def _token_ids(self, input: Any, kwargs: dict[str, Any]) -> Int[Tensor, "batch pos"] | None:
@@ -138,7 +139,7 @@ def _mlp_forward(mlp: Any, x: Tensor) -> Tensor:
 
 
 class RouteSAETransformerBridge(RouteSplicing, SAETransformerBridge):
-    """SAELens' SAETransformerBridge with RouteSAEs.
+    """SAELens' SAETransformerBridge with RouteSAEs and Crosscoders.
 
     While one is attached, generation, a KV cache and ``start_at_layer``/``stop_at_layer`` are refused.
     Source: SAELens ``analysis/sae_transformer_bridge.py``.
@@ -168,36 +169,36 @@ class RouteSAETransformerBridge(RouteSplicing, SAETransformerBridge):
         return super().forward(input, return_type=return_type, loss_per_token=loss_per_token, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """TransformerBridge.generate; refused (NotImplementedError) while a RouteSAE is attached."""
+        """TransformerBridge.generate; a NotImplementedError while a RouteSAE or Crosscoder is attached."""
         self._refuse_generation("generate")
         return super().generate(*args, **kwargs)
 
     def generate_stream(self, *args: Any, **kwargs: Any) -> Any:
-        """TransformerBridge.generate_stream; refused (NotImplementedError) while a RouteSAE is attached."""
+        """TransformerBridge.generate_stream; a NotImplementedError while a RouteSAE or Crosscoder is attached."""
         self._refuse_generation("generate_stream")
         return super().generate_stream(*args, **kwargs)
 
     def hf_generate(self, *args: Any, **kwargs: Any) -> Any:
-        """TransformerBridge.hf_generate; refused (NotImplementedError) while a RouteSAE is attached."""
+        """TransformerBridge.hf_generate; a NotImplementedError while a RouteSAE or Crosscoder is attached."""
         self._refuse_generation("hf_generate")
         return super().hf_generate(*args, **kwargs)
 
     def diffusion_generate(self, *args: Any, **kwargs: Any) -> Any:
-        """TransformerBridge.diffusion_generate; refused (NotImplementedError) while a RouteSAE is attached."""
+        """TransformerBridge.diffusion_generate; a NotImplementedError while a RouteSAE or Crosscoder is attached."""
         self._refuse_generation("diffusion_generate")
         return super().diffusion_generate(*args, **kwargs)
 
     def _refuse_generation(self, method: str) -> None:
         if self._attached:
             raise NotImplementedError(
-                f"{method} on a bridge with a RouteSAE attached. Call the model on the whole sequence for every "
-                "new token, or use HookedRouteSAETransformer.generate(..., use_past_kv_cache=False)."
+                f"{method} on a bridge with a RouteSAE or Crosscoder attached. Call the model on the whole sequence "
+                "for every new token, or use HookedRouteSAETransformer.generate(..., use_past_kv_cache=False)."
             )
 
     def _path(self, hook_name: str) -> str:
         return self._resolve_hook_name(hook_name)
 
-    def _put(self, path: str, module: HookPoint | LayerSplice) -> None:
+    def _put(self, path: str, module: HookPoint | StackSplice) -> None:
         registry: dict[str, Any] = self._hook_registry
         for name in [name for name in registry if name.startswith(f"{path}.")]:
             del registry[name]
@@ -212,7 +213,8 @@ class RouteSAETransformerBridge(RouteSplicing, SAETransformerBridge):
         if exclude is None or exclude is False:
             return {}
         raise TypeError(
-            "SAETransformerBridge has no exclude_special_tokens for ordinary SAEs, only for RouteSAEs"
+            "SAETransformerBridge has no exclude_special_tokens for ordinary SAEs, only for RouteSAEs and "
+            "Crosscoders"
         )
 
     def _check_forward(self, kwargs: dict[str, Any]) -> None:
@@ -224,8 +226,8 @@ class RouteSAETransformerBridge(RouteSplicing, SAETransformerBridge):
         given += [key for key in ("use_cache", "use_past_kv_cache") if kwargs.get(key)]
         if given:
             raise NotImplementedError(
-                f"{', '.join(given)} on a bridge with a RouteSAE attached: the routing pass has to run from the "
-                "embeddings through all routed layers. Run the whole sequence; to stop early use "
+                f"{', '.join(given)} on a bridge with a RouteSAE or Crosscoder attached: the routing pass has to "
+                "run from the embeddings through all layers that are read. Run the whole sequence; to stop early use "
                 "HookedRouteSAETransformer, or run_with_cache(..., names_filter=...)."
             )
 

@@ -1,8 +1,9 @@
-"""One routed layer of a RouteSAE, as SAELens' model classes know SAEs: a view and its wrapper.
+"""One layer of a multi-layer SAE, as SAELens' model classes know SAEs: a view and its wrapper.
 
 A RouteSAE is one SAE on several layers, but SAELens attaches one SAE object, with one set of hook
 points, to one hook. A *layer view* is a stock inference SAE on the parameters of the RouteSAE with hook
 points of its own; :class:`LayerSplice` runs it on the tokens that are routed to its layer.
+:class:`StackSplice` is what it shares with the Crosscoder's (``splice/crosscoder.py``).
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from routesae_lens.splice.replace import reconstruct
 
 @dataclass
 class Rows:
-    """Which tokens a layer's SAE reads in the running pass; shared by the layer's hook points."""
+    """Which tokens an SAE reads in the running pass; shared by its hook points."""
 
     here: Bool[Tensor, "batch pos"] | None = None
-    """The tokens routed to this layer; None outside a spliced pass."""
+    """The tokens to replace (for a RouteSAE those routed to this layer); None outside a spliced pass."""
     scale: Float[Tensor, "batch pos"] | None = None
     """What each token's activation is multiplied by before encoding (p, or one)."""
     bypass: bool = False
@@ -35,9 +36,9 @@ class Rows:
 
 
 class RoutedHookPoint(HookPoint):
-    """Shows hooks ``batch pos ...`` although only the rows of the routed tokens are computed.
+    """Shows hooks ``batch pos ...`` although only the rows of the tokens to replace are computed.
 
-    Hooks see zeros at tokens routed elsewhere; what they write there is dropped. Without hooks nothing is
+    Hooks see zeros at the other tokens; what they write there is dropped. Without hooks nothing is
     scattered. Outside a spliced pass it is an ordinary HookPoint.
     """
 
@@ -92,13 +93,13 @@ def layer_view(sae: RouteSAE, hook_name: str, rows: Rows | None = None) -> SAE[A
     return view
 
 
-class LayerSplice(_SAEWrapper):
-    """What stands at the hook of a routed layer while a RouteSAE is attached.
+class StackSplice(_SAEWrapper):
+    """What stands at the hook of one layer while an SAE that reads several is attached.
 
     Args:
-        sae: the RouteSAE.
+        view: what SAELens takes for the SAE of this layer.
+        rows: the tokens to replace.
         index: of the layer in ``sae.layers``.
-        hook_name: the layer's hook, as the view's metadata name it.
         path: where on the model this module stands.
         original: the HookPoint that it replaces; hooks on it keep firing, before the splice, as
             ``<path>.hook_original``.
@@ -107,18 +108,15 @@ class LayerSplice(_SAEWrapper):
 
     def __init__(
         self,
-        sae: RouteSAE,
+        view: SAE[Any],
+        rows: Rows,
         index: int,
         *,
-        hook_name: str,
         path: str,
         original: HookPoint,
         use_error_term: bool,
     ):
-        rows = Rows()
-        super().__init__(layer_view(sae, hook_name, rows), use_error_term=use_error_term)
-        # In __dict__, like SAELens' own, to keep the parameters out of the model's.
-        self.__dict__["route_sae"] = sae
+        super().__init__(view, use_error_term=use_error_term)
         self.index, self.path, self.rows = index, path, rows
         self.hook_original = original
         self.hook_sae_error = RoutedHookPoint(rows)
@@ -126,21 +124,46 @@ class LayerSplice(_SAEWrapper):
     def forward(
         self, original_output: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The stream with this layer's routed tokens replaced by their reconstructions.
+        """The stream with the tokens of ``rows`` replaced by their reconstructions at this layer.
 
         Raises:
-            RuntimeError: the model was run by other means than its ``forward``, so there are no routes.
+            RuntimeError: the model was run by other means than its ``forward``, so there was no routing pass.
         """
         x = self.hook_original(original_output)
         if self.rows.bypass:
             return x
-        if self.rows.here is None or self.rows.scale is None:
-            raise RuntimeError(
-                f"{self.path}: a RouteSAE is attached, but this pass has no routes. Call the model itself (or "
-                "run_with_cache, run_with_hooks), not the module that it wraps."
-            )
         here = self.rows.here
-        rows, scale = x[here], self.rows.scale[here]
+        if here is None:
+            raise RuntimeError(
+                f"{self.path}: a RouteSAE or Crosscoder is attached, but this pass has no routes. Call the model "
+                "itself (or run_with_cache, run_with_hooks), not the module that it wraps."
+            )
+        return self.hook_sae_output(x.index_put((here,), self._written(x[here])))
+
+    def _written(self, rows: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
+        """What replaces the activations ``rows``, error term included."""
+        raise NotImplementedError
+
+
+class LayerSplice(StackSplice):
+    """The splice of a RouteSAE at one of its layers.
+
+    Args:
+        sae: the RouteSAE.
+        index: of the layer in ``sae.layers``.
+        hook_name: the layer's hook, as the view's metadata name it.
+        options: the keyword arguments of :class:`StackSplice`.
+    """
+
+    def __init__(self, sae: RouteSAE, index: int, *, hook_name: str, **options: Any):
+        rows = Rows()
+        super().__init__(layer_view(sae, hook_name, rows), rows, index, **options)
+        # In __dict__, like SAELens' own, to keep the parameters out of the model's.
+        self.__dict__["route_sae"] = sae
+
+    def _written(self, rows: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
+        assert self.rows.here is not None and self.rows.scale is not None
+        scale = self.rows.scale[self.rows.here]
         out = reconstruct(self.route_sae, rows, scale, self._autoencode)
         if self.use_error_term:
             # As in SAELens: from a run without hooks, so that an intervention on a latent is not undone by it.
@@ -149,7 +172,7 @@ class LayerSplice(_SAEWrapper):
                     clean = reconstruct(self.route_sae, rows, scale, self._autoencode)
                 error = self.hook_sae_error(rows - clean)
             out = out + error
-        return self.hook_sae_output(x.index_put((here,), out))
+        return out
 
     def _autoencode(self, z: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
         self.sae.dtype = self.route_sae.dtype  # sae.to(dtype) cannot know of its views

@@ -1,0 +1,224 @@
+"""Which contexts of a feature are kept, and what they read like (RouteSAE, section 3.3).
+
+A context is one token on which a feature is strong enough. Contexts are grouped by the class of that token
+(its text, stripped and in lower case), and the strongest few of every class are kept. The paper keeps them in
+a min-heap for each class; here all activations of many batches are sorted at once, which keeps the same ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+PENDING_ROWS = 2**18
+"""Activations that wait to be sorted in; sorting every small batch on its own would cost more time."""
+
+
+class ContextRows(NamedTuple):
+    """Activations above the threshold, one a row."""
+
+    feature: Int[Tensor, " row"]
+    token_class: Int[Tensor, " row"]
+    strength: Float[Tensor, " row"]
+    """What is compared with the threshold, float64."""
+    activation: Float[Tensor, " row"]
+    """In units of p = 1, float64."""
+    token: Int[Tensor, " row"]
+    """Place of the token in the flattened ``tokens``."""
+    layer: Int[Tensor, " row"]
+    """Index into the SAE's layers; -1 for an SAE that reads several at once."""
+    p: Float[Tensor, " row"]
+    """Probability of that layer; NaN without a router."""
+
+    def take(self, rows: Tensor) -> ContextRows:
+        return ContextRows(*(column[rows] for column in self))
+
+
+class TopContexts:
+    """The strongest contexts of every token class of every feature, over a stream of any length.
+
+    Of two equally strong contexts the earlier token comes first. Two contexts of one class may come from one
+    sequence: the paper lets "a single sequence be associated with multiple contexts".
+
+    Memory: at most ``n_features * per_feature`` rows are held (without ``per_feature``: ``per_class`` for
+    every pair of feature and class that was met), besides one batch and :data:`PENDING_ROWS` rows in waiting.
+    Dropping all but the strongest ``per_feature`` on the way loses none that belongs to the result: a context
+    with that many survivors above it has them for good, for a survivor is only ever replaced, in its class,
+    by a stronger one.
+
+    Args:
+        above: contexts count if their strength is greater than this.
+        per_class: how many are kept of each class (2 in the paper).
+        per_feature: how many are kept of each feature, all classes together; None for all.
+    """
+
+    def __init__(
+        self, n_features: int, n_classes: int, *, above: float, per_class: int, per_feature: int | None
+    ):
+        self.n_classes, self.per_class, self.per_feature = n_classes, per_class, per_feature
+        self.floor = torch.full((n_features,), above, dtype=torch.float64)
+        """Strength that a new context of each feature must exceed; grows as better ones are found."""
+        self._kept: ContextRows | None = None
+        self._pending: list[ContextRows] = []
+
+    @property
+    def held(self) -> int:
+        """Rows in memory."""
+        rows = [self._kept, *self._pending]
+        return sum(len(part.feature) for part in rows if part is not None)
+
+    def add(self, rows: ContextRows) -> None:
+        """Take in contexts of later tokens than before; those below the floor should be left out already."""
+        self._pending.append(rows)
+        kept = 0 if self._kept is None else len(self._kept.feature)
+        if self.held - kept > max(PENDING_ROWS, kept):
+            self.rows()
+
+    def rows(self) -> ContextRows | None:
+        """The contexts kept, by feature, strongest first; None if nothing was added."""
+        if not self._pending:
+            return self._kept
+        parts = [self._kept, *self._pending] if self._kept is not None else self._pending
+        rows = ContextRows(*map(torch.cat, zip(*parts, strict=True)))
+        order = rows.token.argsort(stable=True)
+        order = order[rows.strength[order].argsort(descending=True, stable=True)]
+        pair = (rows.feature * self.n_classes + rows.token_class)[order]
+        order = order[first_of_group(pair, self.per_class)]
+        order = order[rows.feature[order].argsort(stable=True)]
+        rows = rows.take(order)
+        if self.per_feature is not None:
+            rank = rank_in_group(rows.feature)
+            rows, rank = rows.take(rank < self.per_feature), rank[rank < self.per_feature]
+            full = rank == self.per_feature - 1
+            self.floor = self.floor.to(rows.strength.device)
+            # An equally strong context of a later token would come after it: it must be exceeded as well.
+            self.floor[rows.feature[full]] = rows.strength[full]
+        self._kept, self._pending = rows, []
+        return rows
+
+
+def first_of_group(key: Tensor, n: int) -> Tensor:
+    """Mask of the first ``n`` rows of every key."""
+    order = key.argsort(stable=True)
+    mask = torch.empty_like(key, dtype=torch.bool)
+    mask[order] = rank_in_group(key[order]) < n
+    return mask
+
+
+def rank_in_group(key: Tensor) -> Tensor:
+    """Number of rows before each one that have its key; equal keys lie side by side."""
+    place = torch.arange(len(key), device=key.device)
+    first = torch.ones_like(key, dtype=torch.bool)
+    first[1:] = key[1:] != key[:-1]
+    return place - torch.where(first, place, 0).cummax(0).values
+
+
+class TextClasses:
+    """The class of every token: its decoded text, stripped and in lower case (the authors' rule).
+
+    White space alone is the class "", and tokens that hold a part of a character are together the class "�".
+    """
+
+    def __init__(self, tokens: Int[Tensor, "sequence pos"], tokenizer: Any):
+        ids = tokens.unique().cpu()
+        classes = [_decode(tokenizer, [i]).strip().lower() for i in ids.tolist()]
+        self.names = sorted(set(classes))
+        number = {name: i for i, name in enumerate(self.names)}
+        self.table = torch.zeros(int(ids.max()) + 1, dtype=torch.long)
+        self.table[ids] = torch.tensor([number[name] for name in classes])
+
+    def __call__(self, tokens: Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
+        self.table = self.table.to(tokens.device)
+        return self.table[tokens.long()]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A token and the text around it; ``before + token + after`` is the text."""
+
+    before: str
+    token: str
+    """The activated token; the whole character where the token holds only some of its bytes."""
+    after: str
+    document: int
+    """Documents are counted from 0 in the flattened tokens; each BOS begins one, so a document that the
+    end of a sequence cuts counts on as the next one (as the model sees it). Without BOS tokens every
+    sequence is a document."""
+    document_position: int
+    """Tokens since the document's first, the BOS."""
+
+
+class Passages:
+    """Text around tokens: up to ``context_tokens`` tokens, half of them before, never past the document.
+
+    At most three tokens more where the first or last one holds only a part of a character.
+    """
+
+    def __init__(self, tokens: Int[Tensor, "sequence pos"], tokenizer: Any, context_tokens: int):
+        self.tokens, self.tokenizer = tokens.cpu(), tokenizer
+        self.n_before = context_tokens // 2
+        self.n_after = context_tokens - 1 - self.n_before
+        bos = tokenizer.bos_token_id
+        starts = (self.tokens.flatten() == (-1 if bos is None else bos)).nonzero().flatten()
+        self.has_bos = len(starts) > 0
+        if not self.has_bos:
+            starts = torch.arange(0, self.tokens.numel(), self.tokens.shape[1])
+        self.starts = starts if starts[0] == 0 else torch.cat([starts.new_zeros(1), starts])
+        self._known: dict[int, Passage] = {}
+
+    def __call__(self, token: int) -> Passage:
+        """The passage around the token at this place of the flattened tokens."""
+        if token not in self._known:  # several features fire on one token
+            self._known[token] = self._read(token)
+        return self._known[token]
+
+    def _read(self, token: int) -> Passage:
+        sequence, position = divmod(token, self.tokens.shape[1])
+        offset = sequence * self.tokens.shape[1]
+        document = int(torch.searchsorted(self.starts, token, right=True)) - 1
+        start = int(self.starts[document])
+        end = int(self.starts[document + 1]) if document + 1 < len(self.starts) else self.tokens.numel()
+        # A BOS begins the document and is no part of its text, unless it is the activated token itself.
+        is_bos = int(self.tokens[divmod(start, self.tokens.shape[1])]) == self.tokenizer.bos_token_id
+        first = max(0, start - offset + (is_bos and token != start))
+        last = min(self.tokens.shape[1], end - offset)
+        ids = self.tokens[sequence, first:last].tolist()
+        return Passage(*self._split(ids, position - first), document, token - start)
+
+    def _split(self, ids: list[int], at: int) -> tuple[str, str, str]:
+        low, high = max(0, at - self.n_before), min(len(ids), at + 1 + self.n_after)
+
+        def text(end: int) -> str:
+            return _decode(self.tokenizer, ids[low:end])
+
+        def inside_a_character(
+            i: int,
+        ) -> bool:  # (four tokens hold a whole one: UTF-8 has at most four bytes)
+            return 0 < i < len(ids) and _decode(self.tokenizer, ids[i : i + 4]).startswith("�")
+
+        low = next(i for i in range(low, low - 4, -1) if i == low - 3 or not inside_a_character(i))
+        high = next(i for i in range(high, high + 4) if i == high + 3 or not inside_a_character(i))
+        # Decoded as a whole, and cut where the first tokens on their own decode to the same beginning:
+        # elsewhere the cut would go through a character.
+        whole = text(high)
+
+        def length(end: int) -> int | None:
+            begin = text(end)
+            return len(begin) if whole.startswith(begin) and not begin.endswith("�") else None
+
+        def cut(ends: range) -> int:
+            found = (n for n in map(length, ends) if n is not None)
+            return next(found, len(text(ends[0])))
+
+        begin = cut(range(at, max(low, at - 3) - 1, -1))
+        end = max(begin, cut(range(at + 1, min(high, at + 4) + 1)))
+        return whole[:begin], whole[begin:end], whole[end:]
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    # Cleaning up would move spaces, and the text before a token would no longer begin the whole text.
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
