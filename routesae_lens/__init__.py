@@ -7,7 +7,19 @@ model -> multi-layer hook point -> route -> shared SAE -> trainer -> splice -> e
 from importlib.metadata import version
 
 from routesae_lens.analysis.evaluate import SpliceEvaluator, evaluate, evaluate_all, held_out_tokens
+from routesae_lens.analysis.feature_set import (
+    BlockActivity,
+    Context,
+    Feature,
+    FeatureRule,
+    FeatureSet,
+    feature_count_curves,
+)
+from routesae_lens.analysis.features import collect_features
+from routesae_lens.analysis.layer_profiles import LayerProfiles, layer_profiles
 from routesae_lens.analysis.metrics import Evaluation, kl_per_token
+from routesae_lens.analysis.routing import RoutingProfile, analyse_routing, training_shares
+from routesae_lens.analysis.token_classes import TOKEN_CLASSES, class_table, token_class
 from routesae_lens.backends import backend_of
 from routesae_lens.demo import demo_model_path, demo_text_path
 from routesae_lens.hook_points import (
@@ -44,19 +56,63 @@ from routesae_lens.saes.architectures import (
     RouteTopKTrainingSAEConfig,
 )
 from routesae_lens.saes.authors import from_authors_checkpoint
-from routesae_lens.saes.route_sae import RouteSAE, RouteTrainingSAE, inference_form
+from routesae_lens.saes.crosscoder import (
+    CROSSCODER_ARCHITECTURES,
+    Crosscoder,
+    CrosscoderBatchTopKTrainingSAE,
+    CrosscoderBatchTopKTrainingSAEConfig,
+    CrosscoderJumpReLUSAE,
+    CrosscoderJumpReLUSAEConfig,
+    CrosscoderStandardSAE,
+    CrosscoderStandardSAEConfig,
+    CrosscoderStandardTrainingSAE,
+    CrosscoderStandardTrainingSAEConfig,
+    CrosscoderTopKSAE,
+    CrosscoderTopKSAEConfig,
+    CrosscoderTopKTrainingSAE,
+    CrosscoderTopKTrainingSAEConfig,
+)
+from routesae_lens.saes.route_sae import RouteSAE, RouteTrainingSAE, inference_form, with_routing
 from routesae_lens.saes.router import AGGREGATORS, ROUTINGS, Route, standardize
 from routesae_lens.splice.hooked import HookedRouteSAETransformer, RouteSAETransformerBridge
 from routesae_lens.training.data import load_text
 from routesae_lens.training.interruption import TrainingInterrupted
+from routesae_lens.training.memory import MemoryEstimate, estimate_memory
+from routesae_lens.training.methods import METHODS, Method, make_config
+from routesae_lens.training.sweep import SweepResult, sweep
+from routesae_lens.training.sweep_config import SweepConfig
 from routesae_lens.training.train import TrainingResult, train
 
 __all__ = [
     "AGGREGATORS",
+    "CROSSCODER_ARCHITECTURES",
+    "METHODS",
     "ROUTE_ARCHITECTURES",
     "ROUTINGS",
+    "TOKEN_CLASSES",
+    "BlockActivity",
+    "Context",
+    "Crosscoder",
+    "CrosscoderBatchTopKTrainingSAE",
+    "CrosscoderBatchTopKTrainingSAEConfig",
+    "CrosscoderJumpReLUSAE",
+    "CrosscoderJumpReLUSAEConfig",
+    "CrosscoderStandardSAE",
+    "CrosscoderStandardSAEConfig",
+    "CrosscoderStandardTrainingSAE",
+    "CrosscoderStandardTrainingSAEConfig",
+    "CrosscoderTopKSAE",
+    "CrosscoderTopKSAEConfig",
+    "CrosscoderTopKTrainingSAE",
+    "CrosscoderTopKTrainingSAEConfig",
     "Evaluation",
+    "Feature",
+    "FeatureRule",
+    "FeatureSet",
     "HookedRouteSAETransformer",
+    "LayerProfiles",
+    "MemoryEstimate",
+    "Method",
     "Route",
     "RouteBatchTopKTrainingSAE",
     "RouteBatchTopKTrainingSAEConfig",
@@ -81,29 +137,43 @@ __all__ = [
     "RouteTopKTrainingSAE",
     "RouteTopKTrainingSAEConfig",
     "RouteTrainingSAE",
+    "RoutingProfile",
     "SpliceEvaluator",
+    "SweepConfig",
+    "SweepResult",
     "TrainingInterrupted",
     "TrainingResult",
+    "analyse_routing",
     "backend_of",
+    "class_table",
+    "collect_features",
     "default_device",
     "default_layers",
     "demo_model_path",
     "demo_text_path",
+    "estimate_memory",
     "evaluate",
     "evaluate_all",
+    "feature_count_curves",
     "from_authors_checkpoint",
     "held_out_tokens",
     "inference_form",
     "join_layers",
     "kl_per_token",
+    "layer_profiles",
     "load_model",
     "load_text",
+    "make_config",
     "mount_layers",
     "mounted_points",
     "parse_layers",
     "split_layers",
     "standardize",
+    "sweep",
+    "token_class",
     "train",
+    "training_shares",
     "unmount_layers",
+    "with_routing",
 ]
 __version__ = version("routesae-lens")

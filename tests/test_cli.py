@@ -118,3 +118,47 @@ def test_an_interrupted_command_says_how_to_go_on(
     done = CliRunner().invoke(app, again[1:])
     assert done.exit_code == 0, done.output
     assert "10 steps" in done.output
+
+
+# --- sweep ------------------------------------------------------------------------------------------------
+
+
+def sweep_arguments(arguments: list[str], tmp_path: Path, spec: str) -> list[str]:
+    file = tmp_path / "sweep.toml"
+    file.write_text(spec)
+    where = [arguments[i : i + 2] for i in (1, 3, 5)]  # model, dataset, output
+    return ["sweep", str(file), *(word for pair in where for word in pair)]
+
+
+SPEC = """
+methods = ["route", "topk"]
+k = [2]
+d_sae = 16
+training_tokens = 128
+context_size = 16
+batch_size = 32
+held_out_sequences = 2
+"""
+
+
+def test_the_sweep_command_trains_evaluates_and_continues(arguments: list[str], tmp_path: Path):
+    command = sweep_arguments(arguments, tmp_path, SPEC)
+    for _ in range(2):
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, done.output
+        assert "2 SAEs, 0 of them diverged" in done.output.replace("\n", " ")
+    lines = (tmp_path / "run" / "results.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["name", "route-k2-seed0", "topk-k2-seed0"]
+    other = CliRunner().invoke(app, sweep_arguments(arguments, tmp_path, SPEC + "lr = 0.01"))
+    assert other.exit_code == 2 and "config.lr: there 0.0005, now 0.01" in other.output
+    small = [*command[:-1], str(tmp_path / "small"), "--memory-gib", "0.00001"]
+    refused = CliRunner().invoke(app, small)
+    assert refused.exit_code == 2 and "the sweep needs" in refused.output
+
+
+def test_a_wrong_sweep_is_refused_before_the_model_loads(arguments: list[str], tmp_path: Path):
+    command = sweep_arguments(arguments, tmp_path, SPEC + 'schedule = "x"\nsede = [1]')
+    command[3] = "/no/such/model"
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2
+    assert "2 mistakes" in done.output and "'sede'" in done.output and "schedule 'x'" in done.output

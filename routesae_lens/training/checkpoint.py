@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,19 @@ class CheckpointState:
     """State of the buffer."""
     rng: dict[str, Tensor]
     """State of torch's global generators, by device."""
+    diverged: dict[str, int] = field(default_factory=dict)
+    """SAEs that are frozen, and the step at which each diverged."""
 
     def write(self, folder: Path) -> None:
         tensors = {f"data.{name}": tensor for name, tensor in self.data.items()}
         tensors |= {f"rng.{name}": tensor for name, tensor in self.rng.items()}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / DATA_FILE)
-        state = {"step": self.step, "log_size": self.log_size, "config": self.config}
+        state = {
+            "step": self.step,
+            "log_size": self.log_size,
+            "diverged": self.diverged,
+            "config": self.config,
+        }
         (folder / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
 
     @classmethod
@@ -49,7 +56,14 @@ class CheckpointState:
             for name, tensor in tensors.items():
                 part, _, key = name.partition(".")
                 parts[part][key] = tensor
-            return cls(state["step"], state["log_size"], state["config"], parts["data"], parts["rng"])
+            return cls(
+                step=state["step"],
+                log_size=state["log_size"],
+                config=state["config"],
+                data=parts["data"],
+                rng=parts["rng"],
+                diverged=state.get("diverged", {}),
+            )
         except Exception as error:
             raise ValueError(
                 f"{folder} is no readable checkpoint: {type(error).__name__}: {error}"
@@ -57,7 +71,7 @@ class CheckpointState:
 
     def check_same(self, config: dict[str, Any]) -> None:
         """Raises ValueError that lists every setting in which ``config`` differs from the checkpoint's."""
-        ours, theirs = _flat(json.loads(json.dumps(config))), _flat(self.config)
+        ours, theirs = flat(json.loads(json.dumps(config))), flat(self.config)
         different = [
             f"{key}: checkpoint {theirs.get(key, 'has none')!r}, now {ours.get(key, 'none')!r}"
             for key in sorted(ours.keys() | theirs.keys())
@@ -67,11 +81,13 @@ class CheckpointState:
             raise ValueError("the checkpoint belongs to another run:\n  " + "\n  ".join(different))
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: dict[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with joined names."""
+    result: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        name = f"{prefix}{key}"
+        result |= flat(value, separator, f"{name}{separator}") if isinstance(value, dict) else {name: value}
+    return result
 
 
 def _same(key: str, a: Any, b: Any) -> bool:

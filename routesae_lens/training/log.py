@@ -21,7 +21,7 @@ class TrainingLog:
         self.path = path
 
     def append(self, step: int, tokens: int, metrics: Mapping[str, Any]) -> None:
-        line = {"step": step, "tokens": tokens} | {name: _plain(value) for name, value in metrics.items()}
+        line = {"step": step, "tokens": tokens} | {name: plain(value) for name, value in metrics.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -42,8 +42,12 @@ class TrainingLog:
         return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """``value`` for strict JSON, which has no NaN (for instance an explained variance of one token)."""
+    if isinstance(value, Mapping):
+        return {name: plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -41,21 +41,31 @@ def identity(
 
 def record(cfg: MultiSAETrainingRunnerConfig, options: RunOptions, seeds: dict[str, int]) -> dict[str, Any]:
     """What ``run.json`` tells beside the status."""
-    packages = ("routesae-lens", "sae-lens", "transformer-lens", "torch", "transformers", "datasets")
     return {
         "config": json.loads(json.dumps(cfg.to_dict(), default=str)),
         "options": json.loads(json.dumps(vars(options), default=str)),
         "seeds": seeds,
         "wandb_id": cfg.logger.wandb_id,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that decide numbers."""
+    packages = ("routesae-lens", "sae-lens", "transformer-lens", "torch", "transformers", "datasets")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def write_record(output: Path, record: dict[str, Any]) -> None:
     """Write ``run.json``, whole or not at all."""
-    partial = output / f".{RUN_FILE}"
-    partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    partial.replace(output / RUN_FILE)
+    write_whole(output / RUN_FILE, json.dumps(record, indent=1))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def read_record(output: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from routesae_lens.training.buffer import MixingBuffer
 from routesae_lens.training.checkpoint import Checkpoints, CheckpointState, restore_rng
 from routesae_lens.training.data import measure
 from routesae_lens.training.log import TrainingLog
-from routesae_lens.training.schedules import Schedule
+from routesae_lens.training.schedules import Schedule, fuse_adam
 from routesae_lens.training.trainer import Evaluator, Monitor, MonitoredTrainer
 
 CHECKPOINTS, LOG = "checkpoints", "log.jsonl"
@@ -43,6 +43,8 @@ class RunOptions:
         save_buffer: whether checkpoints hold the activation buffer. None: where it is under
             ``save_buffer_limit`` bytes. Without it, resuming computes the missing activations again.
         seed: of the shuffling and of torch's global generators.
+        on_divergence: what happens to an SAE whose loss or weights become NaN or infinite, see
+            ``trainer.ON_DIVERGENCE``.
         resume: continue from the last checkpoint in ``output``, if there is one.
     """
 
@@ -56,6 +58,7 @@ class RunOptions:
     save_buffer: bool | None = None
     save_buffer_limit: int = 2_000_000_000
     seed: int = 0
+    on_divergence: str = "raise"
     resume: bool = False
 
 
@@ -125,10 +128,11 @@ class RouteSAETrainingRunner(MultiSAETrainingRunner):
             self._resumed[1].data.clear()  # or a second copy of the buffer would stay for the whole run
 
     def run(self) -> dict[str, TrainingSAE[Any]]:
-        """Train, or go on training, and save the inference SAEs under ``cfg.output_path``.
+        """Train, or go on training, and save the inference SAEs under ``cfg.output_path``; diverged ones are not.
 
         Raises:
-            FloatingPointError: activations, losses or weights are NaN or infinite.
+            FloatingPointError: activations, losses or weights are NaN or infinite (of all SAEs, where
+                ``on_divergence`` is "freeze").
             TrainingInterrupted: SIGINT or SIGTERM, after writing a checkpoint.
         """
         if self.buffer is None:
@@ -148,6 +152,7 @@ class RouteSAETrainingRunner(MultiSAETrainingRunner):
         assert self.buffer is not None  # prepare()
         for single in trainer.trainers.values():
             Schedule(options.schedule, self.cfg.total_training_steps).install(single)
+            fuse_adam(single.optimizer)
         monitor = Monitor(
             log=self.log,
             checkpoints=self.checkpoints,
@@ -159,11 +164,15 @@ class RouteSAETrainingRunner(MultiSAETrainingRunner):
             unit_norm_every=options.unit_norm_every,
             save_buffer=self.saves_buffer,
             evaluator=self.evaluator,
+            on_divergence=options.on_divergence,
         )
         self.trainer = MonitoredTrainer.adopt(trainer, monitor)
         if self._resumed is not None:
             folder, state = self._resumed
             trainer.load_checkpoint(folder)  # after the schedule is in its place, or it would start anew
+            for single in trainer.trainers.values():
+                fuse_adam(single.optimizer)  # the checkpoint may come from a version that did not
+            self.trainer.freeze(state.diverged)
             restore_rng(state.rng)
             self.log.cut(state.log_size)
         else:

@@ -1,4 +1,4 @@
-"""What changes with the step, as functions of the total number of steps."""
+"""What changes with the step, as functions of the total number of steps; and the optimiser's fast kernel."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from collections.abc import Callable
 from math import ceil
 from typing import Any, NamedTuple
 
+import torch
 from sae_lens.training.sae_trainer import SAETrainer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 WARM_UP, DECAY = 0.05, 0.20
 """Fractions of the paper's schedule; the 75 % between them are constant."""
+
+FUSED_DEVICES = ("cpu", "cuda")
 
 
 def paper_schedule(step: int, total_steps: int) -> float:
@@ -56,6 +60,21 @@ class Schedule:
             group["lr"] = trainer.cfg.lr  # SAELens' scheduler has already scaled it
             group.pop("initial_lr", None)
         trainer.lr_scheduler = LambdaLR(trainer.optimizer, self)
+
+
+def fuse_adam(optimizer: Optimizer) -> None:
+    """Switch Adam to PyTorch's fused kernel, about 10 times cheaper on a CPU; equal up to rounding.
+
+    SAELens makes the optimiser without it. Call it before the first step, and again after a checkpoint was
+    loaded (which brings its own switches). Where PyTorch has no such kernel nothing changes.
+    """
+    for group in optimizer.param_groups:
+        if all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in group["params"]):
+            group["fused"], group["foreach"] = True, False
+            for p in group["params"]:
+                if "step" in (state := optimizer.state.get(p, {})):
+                    # the fused kernel counts on the parameter's device, the default one on the CPU
+                    state["step"] = state["step"].to(device=p.device, dtype=torch.float32)
 
 
 class Windows(NamedTuple):

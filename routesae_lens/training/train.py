@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from routesae_lens.training.preflight import (
 from routesae_lens.training.record import identity, read_record, record, write_record
 from routesae_lens.training.runner import RouteSAETrainingRunner, RunOptions
 from routesae_lens.training.schedules import windows
-from routesae_lens.training.trainer import Evaluator
+from routesae_lens.training.trainer import ON_DIVERGENCE, Evaluator
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class TrainingResult:
     """The JSONL log."""
     steps: int
     tokens: int
+    diverged: dict[str, int] = field(default_factory=dict)
+    """SAEs that became NaN and were frozen, with the training step; they are not among ``saes``."""
 
 
 def train(
@@ -72,6 +74,7 @@ def train(
     log_every: int | None = None,
     checkpoint_every: int | None = None,
     save_buffer: bool | None = None,
+    on_divergence: str = "raise",
     resume: bool = False,
     init_from: str | Path | SAE[Any] | None = None,
     prefetch: bool | int = False,
@@ -112,6 +115,9 @@ def train(
             interruptions. The last two are kept.
         save_buffer: whether checkpoints hold the activation buffer; by default where it is under 2 GB.
             Without it, resuming computes exactly the missing activations again.
+        on_divergence: "raise" stops the run at the first SAE whose loss or weights are NaN or infinite;
+            "freeze" stops this SAE alone, names it in the log and in ``run.json``, does not save it, and goes
+            on with the others as if it had not been there, until none is left.
         resume: continue from the last checkpoint in ``output``; without any, start from the beginning.
         init_from: an SAE (or its folder) whose weights the RouteSAEs start from, see
             ``RouteTrainingSAE.init_from``.
@@ -127,7 +133,8 @@ def train(
         ValueError, TypeError, FileNotFoundError: input that cannot work, before training starts.
         FileExistsError: ``output`` holds another run, and ``resume`` is not asked.
         OSError: not enough disk space.
-        FloatingPointError: activations, losses or weights became NaN or infinite; the last checkpoint stays.
+        FloatingPointError: activations, losses or weights became NaN or infinite (with "freeze": of all
+            SAEs); the last checkpoint stays.
         TrainingInterrupted: SIGINT or SIGTERM, after writing a checkpoint.
     """
     backend = backend_of(model)
@@ -147,6 +154,8 @@ def train(
         eval_every=(eval_every, 0),
         checkpoint_every=(checkpoint_every, 0),
     )
+    if on_divergence not in ON_DIVERGENCE:
+        raise ValueError(f"unknown on_divergence {on_divergence!r}; known: {', '.join(ON_DIVERGENCE)}")
     steps = training_tokens // batch_size
     if evaluator is not None and not callable(evaluator):
         raise TypeError(f"evaluator must be callable, for instance a SpliceEvaluator; got {evaluator!r}")
@@ -170,7 +179,7 @@ def train(
         **{
             "saes": {name: sae.cfg for name, sae in saes.items()},
             "hook_names": hooks,
-            "model_name": _model_name(model),
+            "model_name": model_name(model),
             "model_class_name": "AutoModelForCausalLM"
             if isinstance(model, HookedProxyLM)
             else type(model).__name__,
@@ -209,6 +218,7 @@ def train(
         buffer_tokens=buffer_tokens or max(4 * batch_size, forward_tokens),
         save_buffer=save_buffer,
         seed=run_seed,
+        on_divergence=on_divergence,
         resume=resume,
     )
     runner = RouteSAETrainingRunner(
@@ -228,8 +238,10 @@ def train(
     try:
         trained = runner.run()
     except TrainingInterrupted as stop:
+        about["diverged"] = runner.trainer.diverged
         write_record(output, about | {"status": "interrupted", "checkpoint": str(stop.checkpoint)})
         raise
+    about["diverged"] = runner.trainer.diverged
     write_record(output, about | {"status": "finished"})
     return TrainingResult(
         saes=trained,
@@ -237,10 +249,11 @@ def train(
         log=runner.log.path,
         steps=runner.trainer.n_training_steps,
         tokens=runner.trainer.n_training_samples,
+        diverged=runner.trainer.diverged,
     )
 
 
-def _model_name(model: Any) -> str:
+def model_name(model: Any) -> str:
     if isinstance(model, HookedProxyLM):
         return str(model.model.config._name_or_path or type(model.model).__name__)
     return str(getattr(model.cfg, "model_name", None) or type(model).__name__)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +19,12 @@ from routesae_lens.training.buffer import ActivationsNotFinite, MixingBuffer, Tr
 from routesae_lens.training.checkpoint import Checkpoints, CheckpointState, rng_state
 from routesae_lens.training.interruption import Interruption, TrainingInterrupted
 from routesae_lens.training.log import TrainingLog
+from routesae_lens.training.members import Member
 
 Evaluator = Callable[..., dict[str, Any]]
 """SAELens' multi-SAE evaluator: ``(saes=, data_provider=, activation_scalers=, hook_names=) -> metrics``."""
+
+ON_DIVERGENCE = ("raise", "freeze")
 
 
 @torch.no_grad()
@@ -48,6 +52,8 @@ class Monitor:
     unit_norm_every: int = 0
     save_buffer: bool = True
     evaluator: Evaluator | None = None
+    on_divergence: str = "raise"
+    """"raise", or "freeze" to stop an SAE that became NaN alone; see :data:`ON_DIVERGENCE`."""
     interruption: Interruption = field(default_factory=Interruption)
 
 
@@ -60,6 +66,7 @@ class MonitoredTrainer(MultiSAETrainer):
 
     monitor: Monitor
     data_provider: TrainingBatches
+    members: dict[str, Member]
     _bar: Any = None
 
     @classmethod
@@ -75,13 +82,18 @@ class MonitoredTrainer(MultiSAETrainer):
         for single in trainer.trainers.values():
             # Some SAEs compute metrics on logging steps only, and SAELens logs only to wandb.
             single._is_logging_step = trainer._is_log_step_begun
+        trainer.members = {
+            name: Member(single, trainer._logs_now) for name, single in trainer.trainers.items()
+        }
         return trainer
 
     def fit(self) -> dict[str, TrainingSAE[Any]]:
+        """Train to the end; the SAEs that did not diverge."""
         if self.n_training_steps == 0 and self.monitor.unit_norm_every:
             self._set_decoder_norms()
         try:
-            return super().fit()
+            super().fit()
+            return self.running
         except FloatingPointError as error:
             step, readers = self.n_training_steps, ""
             if isinstance(error, ActivationsNotFinite):  # while the next step's batch was fetched
@@ -96,6 +108,21 @@ class MonitoredTrainer(MultiSAETrainer):
                 self._bar.close()
 
     @property
+    def diverged(self) -> dict[str, int]:
+        """Frozen SAEs, and the step at which each diverged."""
+        return {name: m.diverged_at for name, m in self.members.items() if m.diverged_at is not None}
+
+    @property
+    def running(self) -> dict[str, TrainingSAE[Any]]:
+        """The SAEs that have not diverged."""
+        return {name: sae for name, sae in self.saes.items() if self.members[name].diverged_at is None}
+
+    def freeze(self, diverged: Mapping[str, int]) -> None:
+        """Freeze SAEs by name, with the step at which each diverged (also from a checkpoint)."""
+        for name, step in diverged.items():
+            self.members[name].freeze(step)
+
+    @property
     def at_end(self) -> bool:
         return self.n_training_samples >= self.cfg.total_training_samples
 
@@ -103,6 +130,9 @@ class MonitoredTrainer(MultiSAETrainer):
         return (
             self.n_training_steps % self.monitor.log_every == 0 or self.n_training_steps == 1 or self.at_end
         )
+
+    def _logs_now(self) -> bool:
+        return self._is_log_step_begun() or self._is_logging_step()  # the latter is SAELens', for wandb
 
     def _is_log_step_begun(self) -> bool:
         """The same, asked within the step, before the counter moves."""
@@ -118,15 +148,22 @@ class MonitoredTrainer(MultiSAETrainer):
     ) -> None:
         """The end of a step: ``n_training_steps`` steps are done."""
         monitor, step = self.monitor, self.n_training_steps
-        losses = torch.stack([output.loss.detach().float() for output in step_outputs.values()]).tolist()
-        self._check_losses(dict(zip(step_outputs, losses, strict=True)))
+        names = list(self.running)
+        values = torch.stack([step_outputs[name].loss.float() for name in names]).tolist()
+        losses = dict(zip(names, values, strict=True))
+        self._diverge({name: f"the loss is {x}" for name, x in losses.items() if not math.isfinite(x)})
         every = monitor.unit_norm_every
         if every and ((step - 1) % every == 0 or self.at_end):
             self._set_decoder_norms()
-        self._show(pbar, dict(zip(step_outputs, losses, strict=True)))
+        self._show(pbar, {name: losses[name] for name in self.running})
+        evaluates = bool(monitor.evaluator and monitor.eval_every) and (
+            step % max(1, monitor.eval_every) == 0 or self.at_end
+        )
+        if evaluates or self.at_end:
+            self._check_weights()
         if self._is_log_step():
             monitor.log.append(step, self.n_training_samples, self._metrics(step_outputs))
-        if monitor.evaluator and monitor.eval_every and (step % monitor.eval_every == 0 or self.at_end):
+        if evaluates:
             self._evaluate()
         if self.at_end:
             return
@@ -142,12 +179,9 @@ class MonitoredTrainer(MultiSAETrainer):
         """Checkpoint of this moment (between two steps); returns its folder.
 
         Raises:
-            FloatingPointError: weights that are not finite; nothing is written.
+            FloatingPointError: weights that are not finite (unless such SAEs are frozen); nothing is written.
         """
-        for name, sae in self.saes.items():
-            for parameter, tensor in sae.named_parameters():
-                if not torch.isfinite(tensor).all():
-                    raise FloatingPointError(f"{parameter} of SAE {name!r} is NaN or infinite")
+        self._check_weights()
         # SAELens would upload the weights of every checkpoint; these are for resuming, the final ones go up.
         logger, on = self.cfg.logger, self.cfg.logger.log_to_wandb
         logger.log_to_wandb = False
@@ -165,21 +199,34 @@ class MonitoredTrainer(MultiSAETrainer):
             config=monitor.config,
             data=monitor.buffer.state_dict(activations=monitor.save_buffer),
             rng=rng_state(),
+            diverged=self.diverged,
         )
 
     def _checkpoint_if_needed(self) -> None:
         pass  # see the class docstring
 
-    def _check_losses(self, losses: dict[str, float]) -> None:
-        bad = {name: loss for name, loss in losses.items() if not math.isfinite(loss)}
-        if bad:
-            raise FloatingPointError(
-                "the loss is not finite for "
-                + ", ".join(f"SAE {name!r} ({loss})" for name, loss in bad.items())
-            )
+    def _check_weights(self) -> None:
+        broken = {name: self.members[name].broken_weights() for name in self.running}
+        self._diverge({name: f"{', '.join(bad)} not finite" for name, bad in broken.items() if bad})
+
+    def _diverge(self, reasons: dict[str, str]) -> None:
+        """SAEs that are not finite: stop them alone, or the run."""
+        if not reasons:
+            return
+        what = "; ".join(f"SAE {name!r}: {reason}" for name, reason in reasons.items())
+        if self.monitor.on_divergence == "raise":
+            raise FloatingPointError(what)
+        step = self.n_training_steps
+        self.freeze({name: step for name in reasons})
+        if not self.running:
+            raise FloatingPointError(f"all {len(self.saes)} SAEs diverged; at last {what}")
+        warnings.warn(f"frozen at training step {step}, the others go on: {what}", stacklevel=2)
+        self.monitor.log.append(
+            step, self.n_training_samples, {f"{name}/diverged": reason for name, reason in reasons.items()}
+        )
 
     def _set_decoder_norms(self) -> None:
-        for sae in self.saes.values():
+        for sae in self.running.values():
             set_decoder_norm(sae)
 
     def _show(self, bar: Any, losses: dict[str, float]) -> None:
@@ -198,10 +245,10 @@ class MonitoredTrainer(MultiSAETrainer):
     def _metrics(self, step_outputs: dict[str, TrainStepOutput]) -> dict[str, Any]:
         return {
             f"{name}/{key}": value
-            for name, single in self.trainers.items()
-            for key, value in single.build_train_step_log_dict(
-                output=step_outputs[name], n_training_samples=self.n_training_samples
-            ).items()
+            for name in self.running
+            for key, value in self.trainers[name]
+            .build_train_step_log_dict(output=step_outputs[name], n_training_samples=self.n_training_samples)
+            .items()
         }
 
     def _maybe_log_sparsity(self, final: bool = False) -> None:
@@ -222,11 +269,12 @@ class MonitoredTrainer(MultiSAETrainer):
             with self.data_provider.paused(), torch.random.fork_rng(devices=[]):
                 for sae in self.saes.values():
                     sae.eval()
+                running = self.running
                 metrics = self.monitor.evaluator(
-                    saes=self.saes,
+                    saes=running,
                     data_provider=self.data_provider,
-                    activation_scalers={name: t.activation_scaler for name, t in self.trainers.items()},
-                    hook_names=self.hook_names,
+                    activation_scalers={name: self.trainers[name].activation_scaler for name in running},
+                    hook_names={name: self.hook_names[name] for name in running},
                 )
         except Exception as error:
             error.add_note(f"in the evaluation after step {self.n_training_steps}; saved {self.save()}")

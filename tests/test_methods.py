@@ -1,0 +1,110 @@
+"""The table of methods: what each name makes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from sae_lens import SAE
+from transformer_lens import HookedTransformer
+
+from routesae_lens.training.methods import METHODS, SPARSITIES, Method, find_method, make_config
+from routesae_lens.training.train import train
+
+LAYERS = [1, 2, 4]
+SPARSITY = {"k": 4, "l1": 0.5, "l0": 0.5}
+
+
+def made(model: Any, name: str, **options: Any) -> Any:
+    sparsity = SPARSITY[find_method(name)[0].sparsity]
+    return make_config(name, model, LAYERS, 48, sparsity, 7, **options)
+
+
+EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "route": ("route_topk", {"routing": "hard", "k": 4, "route_seed": 7, "aggregator": "sum"}),
+    "route_soft": ("route_topk", {"routing": "soft"}),
+    "route_straight_through": ("route_topk", {"routing": "straight_through"}),
+    "route_mean": ("route_topk", {"routing": "hard", "aggregator": "mean"}),
+    "route_attention": ("route_topk", {"routing": "hard", "aggregator": "attention"}),
+    "random": ("route_topk", {"routing": "random", "random_per": "token", "route_seed": 7}),
+    "random_batch": ("route_topk", {"routing": "random", "random_per": "batch"}),
+    "topk": ("route_topk", {"layers": [4], "loss": "normalized_mse", "standardize": True}),
+    "relu": ("route_standard", {"layers": [4], "l1_coefficient": 0.5}),
+    "gated": ("route_gated", {"layers": [4], "l1_coefficient": 0.5}),
+    "jumprelu": ("route_jumprelu", {"layers": [4], "l0_coefficient": 0.5}),
+    "plain_topk": ("topk", {"k": 4, "normalize_activations": "expected_average_only_in"}),
+    "mlsae": ("route_topk", {"layers": LAYERS, "routing": "every", "k": 4}),
+    "distilled": ("route_topk", {"layers": LAYERS, "routing": "distilled", "k": 4}),
+    "crosscoder_topk": ("crosscoder_topk", {"layers": LAYERS, "k": 4, "d_in": 96}),
+    "crosscoder_batchtopk": ("crosscoder_batchtopk", {"layers": LAYERS, "k": 4.0}),
+    "crosscoder_relu": ("crosscoder_standard", {"layers": LAYERS, "l1_coefficient": 0.5}),
+}
+
+
+def test_every_method_has_its_row_here_and_a_known_sparsity():
+    assert EXPECTED.keys() == METHODS.keys()
+    assert {method.sparsity for method in METHODS.values()} == set(SPARSITIES)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_makes_the_config_its_name_says(tiny_hooked: HookedTransformer, name: str):
+    architecture, fields = EXPECTED[name]
+    config = made(tiny_hooked, name)
+    assert config.architecture() == architecture
+    assert {field: getattr(config, field) for field in fields} == fields
+    assert config.d_sae == 48
+    if METHODS[name].auxiliary:
+        assert config.aux_loss_coefficient == 0
+        assert made(tiny_hooked, name, aux_loss_coefficient=0.25).aux_loss_coefficient == 0.25
+    assert made(tiny_hooked, name).metadata.hook_name.startswith("blocks.4.hook_resid_post")
+    assert made(None, name).architecture() == architecture  # a trial, without a model
+
+
+@pytest.mark.parametrize("layer", [0, 1, 5])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.one_layer])
+def test_a_method_of_one_layer_can_read_any(tiny_hooked: HookedTransformer, name: str, layer: int):
+    config = made(tiny_hooked, f"{name}@{layer}")
+    assert config.d_in == 32
+    assert config.metadata.hook_name.startswith(f"blocks.{layer}.hook_resid_post")
+    with pytest.raises(ValueError, match="between 0 and 5"):
+        made(tiny_hooked, f"{name}@6")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rout", "unknown method 'rout'; known: route, route_soft"),
+        ("rout@3", "unknown method 'rout@3'"),
+        ("route@3", "'route@3': route reads several layers; @ goes with topk, relu"),
+        ("topk@", "expected a block number after @"),
+        ("topk@-1", "expected a block number after @"),
+    ],
+)
+def test_names_that_are_no_method(name: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        find_method(name)
+
+
+def test_a_recipe_may_add_its_own(tiny_hooked: HookedTransformer):
+    def make(model: Any, layers: list[int], *args: Any, **given: Any) -> Any:
+        return METHODS["route"].make(model, layers[:2], *args, **given)
+
+    own = METHODS | {"two": Method(make)}
+    assert make_config("two", tiny_hooked, LAYERS, 48, 4, 0, methods=own).layers == [1, 2]
+    assert "two" not in METHODS
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct", "ignore:the data holds", "ignore:end of the data")
+def test_all_methods_train_together_and_load(tiny_hooked: HookedTransformer, tmp_path: Any):
+    generator = torch.Generator().manual_seed(0)
+    rows = Dataset.from_dict({"tokens": torch.randint(64, (60, 16), generator=generator).tolist()})
+    configs = {name: made(tiny_hooked, name) for name in METHODS}
+    result = train(
+        tiny_hooked, configs, rows, output=tmp_path, training_tokens=320, context_size=16, batch_size=32
+    )
+    assert result.saes.keys() == METHODS.keys()
+    for name, path in result.paths.items():
+        loaded = SAE.load_from_disk(path)
+        assert all(torch.isfinite(tensor).all() for tensor in loaded.state_dict().values()), name
