@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from datasets import Dataset
 from sae_lens.saes.sae import TrainStepInput
 from torch import nn
 
@@ -11,6 +12,7 @@ from routesae_lens.saes.architectures import RouteTopKTrainingSAE, RouteTopKTrai
 from routesae_lens.saes.distillation import router_losses
 from routesae_lens.saes.route_sae import inference_form, with_routing
 from routesae_lens.saes.router import Route, standardize
+from routesae_lens.training.train import train
 
 LAYERS, D_MODEL = [1, 2, 4], 8
 
@@ -195,3 +197,17 @@ def test_with_routing_shares_parameters(stack):
 def test_bad_options(options, match):
     with pytest.raises(ValueError, match=match):
         make(**options)
+
+
+def test_train_chooses_the_uniform_steps(tiny_hooked, tmp_path):
+    layers = [0, 1]
+    cfg = RouteTopKTrainingSAEConfig.for_model(
+        tiny_hooked, layers=layers, d_sae=16, k=2, routing="distilled", aux_loss_coefficient=0.0
+    )
+    given = Dataset.from_dict({"tokens": torch.randint(3, 40, (60, 16)).tolist()})
+    options = {"training_tokens": 40 * 16, "batch_size": 16, "context_size": 16}
+    result = train(tiny_hooked, {"auto": cfg}, given, output=tmp_path / "auto", **options)
+    assert result.saes["auto"].cfg.uniform_steps == 6  # 15 % of 40
+    cfg.uniform_steps = 2
+    result = train(tiny_hooked, {"given": cfg}, given, output=tmp_path / "given", **options)
+    assert result.saes["given"].cfg.uniform_steps == 2

@@ -110,7 +110,15 @@ METHODS: dict[str, Method] = {
     "route_straight_through": _route(routing="straight_through"),
     "route_mean": _route(aggregator="mean"),
     "route_attention": _route(aggregator="attention"),
+    "route_mse": _route(loss="mse"),  # Eq. 12 as it is written
+    "route_balanced": _route(balance_coefficient=0.1),
+    "route_entropy": _route(entropy_coefficient=-0.1),  # rewards entropy
+    "route_straight_through_balanced": _route(routing="straight_through", balance_coefficient=0.1),
+    "route_top2": _route(routing="top2"),
+    "route_layer_scale": _route(layer_scale=True),
     "distilled": _route(routing="distilled"),
+    "distilled_mean": _route(routing="distilled", aggregator="mean"),
+    "oracle": _route(routing="oracle"),
     # No router: a random layer, one layer, every layer
     "random": _route(routing="random"),
     "random_batch": _route(routing="random", random_per="batch"),

@@ -36,6 +36,10 @@ from routesae_lens.training.schedules import windows
 from routesae_lens.training.trainer import ON_DIVERGENCE, Evaluator
 
 
+UNIFORM = 0.15
+"""Share of the steps in which a distilled router's SAE reads random layers, where its config does not say."""
+
+
 @dataclass(frozen=True)
 class TrainingResult:
     """What :func:`train` returns."""
@@ -157,6 +161,9 @@ def train(
     if on_divergence not in ON_DIVERGENCE:
         raise ValueError(f"unknown on_divergence {on_divergence!r}; known: {', '.join(ON_DIVERGENCE)}")
     steps = training_tokens // batch_size
+    for one in configs.values():
+        if getattr(one, "routing", None) == "distilled" and one.uniform_steps is None:
+            one.uniform_steps = round(UNIFORM * steps)
     if evaluator is not None and not callable(evaluator):
         raise TypeError(f"evaluator must be callable, for instance a SpliceEvaluator; got {evaluator!r}")
     if isinstance(seed, Mapping) and set(seed) != set(configs):
