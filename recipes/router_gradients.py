@@ -64,6 +64,7 @@ def measure(sae: Any, stack: torch.Tensor) -> dict[str, float]:
     if sae.cfg.routing == "hard":
         x = layers[torch.arange(len(layer)), layer] * (p * log_p.exp())[:, None]
         sae.mse_loss_fn(sae.decode(sae.encode_routed(x)), x).sum(-1).mean().backward()
+        assert log_p.grad is not None
         result["d_log_p"] = log_p.grad.sum().item()
     sae.zero_grad()
     return result

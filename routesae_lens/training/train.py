@@ -35,7 +35,6 @@ from routesae_lens.training.runner import RouteSAETrainingRunner, RunOptions
 from routesae_lens.training.schedules import windows
 from routesae_lens.training.trainer import ON_DIVERGENCE, Evaluator
 
-
 UNIFORM = 0.15
 """Share of the steps in which a distilled router's SAE reads random layers, where its config does not say."""
 

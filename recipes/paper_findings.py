@@ -1,0 +1,177 @@
+"""What a study has measured so far, read from its folder into tables."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from paper_presets import PARTS
+
+SCALARS = (
+    "tokens", "kl", "kl_stderr", "kl_authors", "ce_clean", "ce_zero", "delta_ce", "loss_recovered", "norm_mse",
+    "explained_variance", "l0", "dead_latents", "mean_p", "entropy", "splice",
+)  # fmt: skip
+ROUTING_SCALARS = ("effective_layers", "switch_rate", "class_information", "class_information_shuffled")
+USED = 0.02
+"""A block with a larger share of the tokens counts as used."""
+
+
+@dataclass
+class Findings:
+    """Everything that was measured so far, as tables."""
+
+    settings: dict[str, Any]
+    text: dict[str, Any]
+    sweeps: dict[str, dict[str, Any]]
+    """``sweep.json`` of every part that exists."""
+    stages: list[dict[str, Any]]
+    runs: pd.DataFrame
+    features: pd.DataFrame
+    routing: pd.DataFrame
+    views: pd.DataFrame
+    profiles: list[dict[str, Any]] = field(default_factory=list)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def gather(output: Path) -> Findings:
+    """Read a study's folder, finished or not.
+
+    Raises:
+        FileNotFoundError: no study there.
+    """
+    settings = _read(output / "settings.json")
+    written = {path.parent.name: path.parent for path in output.glob("*/sweep.json")}
+    parts = [written[part] for part in PARTS if part in written]
+    runs, features, routing, views = [], [], [], []
+    for folder in parts:
+        found = {kind: _records(folder / kind) for kind in ("results", "features", "routing", "views")}
+        weights = _training_weights(folder / "training" / "log.jsonl")
+        for name, result in found["results"].items():
+            about = {"part": folder.name, "name": name, "method": result["method"]}
+            about |= {"kind": result["sparsity_kind"], "sparsity": result["sparsity"], "seed": result["seed"]}
+            row = about | {"status": result["status"]} | {key: result.get(key) for key in SCALARS}
+            of_features = found["features"].get(name, {})
+            thresholds = of_features.get("by_threshold", {})
+            row["features"] = of_features.get("features")
+            row["feature_tokens"] = of_features.get("tokens")
+            if thresholds:
+                counts = list(thresholds.values())
+                row["features_lost"] = counts[0] - counts[-1]
+            features += [about | {"threshold": float(t), "features": n} for t, n in thresholds.items()]
+            shares = result.get("layer_share") or {}
+            row["layers_used"] = sum(share > USED for share in shares.values()) if shares else None
+            profile = found["routing"].get(name, {})
+            if profile.get("layers"):
+                row |= {key: profile[key] for key in ROUTING_SCALARS}
+                rows = _routing_rows(profile, weights.get(name, {}))
+                routing += [about | one for one in rows]
+                everything = [one for one in rows if one["token_class"] == "all"]
+                for phase in ("training", "inference"):
+                    row |= u_shape([one[f"{phase}_weight"] for one in everything], phase)
+            runs.append(row)
+            for rule, view in found["views"].get(name, {}).get("views", {}).items():
+                views.append(about | {"rule": rule} | {key: view[key] for key in SCALARS if key != "splice"})
+    about_columns = ["part", "name", "method", "kind", "sparsity", "seed"]
+    run_table = pd.DataFrame(runs)
+    for column in (
+        *about_columns,
+        "status",
+        *SCALARS,
+        "features",
+        "feature_tokens",
+        *ROUTING_SCALARS,
+        "layers_used",
+    ):
+        if column not in run_table:
+            run_table[column] = None
+    numeric = [
+        c for c in run_table.columns if c not in ("part", "name", "method", "kind", "status", "splice")
+    ]
+    run_table[numeric] = run_table[numeric].apply(pd.to_numeric)
+    return Findings(
+        settings=settings,
+        text=_read(output / "text.json") if (output / "text.json").exists() else {},
+        sweeps={folder.name: _read(folder / "sweep.json") for folder in parts},
+        stages=_read(output / "stages.json") if (output / "stages.json").exists() else [],
+        runs=run_table,
+        features=pd.DataFrame(features, columns=[*about_columns, "threshold", "features"]),
+        routing=pd.DataFrame(routing, columns=[*about_columns, *ROUTING_COLUMNS]),
+        views=pd.DataFrame(
+            views, columns=[*about_columns, "rule", *(key for key in SCALARS if key != "splice")]
+        ),
+        profiles=[_read(path) for path in sorted(output.glob("core/profiles/*.json"), reverse=True)],
+    )
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _records(folder: Path) -> dict[str, dict[str, Any]]:
+    found = {path.stem: _read(path) for path in sorted(folder.glob("*.json"))}
+    return dict(sorted(found.items(), key=lambda one: (one[1]["method"], one[1]["sparsity"], one[1]["seed"])))
+
+
+def _training_weights(log: Path) -> dict[str, dict[int, tuple[float, float]]]:
+    """By SAE and block: mean p and share of tokens, averaged over the logged steps of training."""
+    pattern = re.compile(r"(.+)/metrics/layer_(weight|share)/(\d+)")
+    sums: dict[tuple[str, str, int], list[float]] = {}
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    for line in lines:
+        for key, value in json.loads(line).items():
+            if (match := pattern.fullmatch(key)) and isinstance(value, float | int) and math.isfinite(value):
+                entry = sums.setdefault((match[1], match[2], int(match[3])), [0.0, 0])
+                entry[0] += value
+                entry[1] += 1
+    means: dict[str, dict[int, tuple[float, float]]] = {}
+    for (name, what, layer), (total, count) in sums.items():
+        weight, share = means.setdefault(name, {}).get(layer, (math.nan, math.nan))
+        means[name][layer] = (total / count, share) if what == "weight" else (weight, total / count)
+    return means
+
+
+ROUTING_COLUMNS = (
+    "layer", "token_class", "class_tokens", "training_weight", "training_share", "inference_weight", "inference_share",
+)  # fmt: skip
+
+
+def _routing_rows(
+    profile: Mapping[str, Any], training: Mapping[int, tuple[float, float]]
+) -> list[dict[str, Any]]:
+    rows = []
+    for layer in profile["layers"]:
+        weight, share = training.get(layer, (math.nan, math.nan))
+        at = str(layer)
+        at_inference = profile["layer_weight"][at], profile["layer_share"][at]
+        values = (layer, "all", profile["tokens"], weight, share, *at_inference)
+        rows.append(dict(zip(ROUTING_COLUMNS, values, strict=True)))
+    for token_class, shares in profile["share_by_class"].items():
+        tokens = profile["tokens_by_class"][token_class]
+        rows += [
+            dict(zip(ROUTING_COLUMNS, (int(at), token_class, tokens, None, None, None, share), strict=True))
+            for at, share in shares.items()
+        ]
+    return rows
+
+
+def u_shape(weights: Sequence[float], phase: str) -> dict[str, float]:
+    """How far the outer thirds of the blocks lie above the middle one: together, and the lower of the two."""
+    n = len(weights) // 3
+    if n == 0 or not all(map(math.isfinite, weights)):
+        return {f"u_{phase}": math.nan, f"both_ends_{phase}": math.nan}
+    first, middle, last = weights[:n], weights[n:-n], weights[-n:]
+    centre = sum(middle) / len(middle)
+    ends = [sum(first) / n, sum(last) / n]
+    return {f"u_{phase}": sum(ends) / 2 - centre, f"both_ends_{phase}": min(ends) - centre}

@@ -1,0 +1,228 @@
+"""The tables of the report, as Markdown."""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+from paper_findings import USED, Findings
+from paper_plots import STYLES
+from paper_presets import NAMES
+from paper_verdicts import interval, number
+
+
+def escaped(text: object) -> str:
+    """Text from data for a Markdown table: it cannot end a cell, format anything, or be HTML."""
+    plain = "".join(c if c.isprintable() else " " for c in str(text))
+    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", html.escape(plain, quote=False))
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are Markdown already."""
+    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def cell(values: pd.Series) -> str:
+    """Mean and half of the 95 % interval over seeds."""
+    found = values.dropna().astype(float).tolist()
+    if not found:
+        return "–"
+    mean, half = interval(found)
+    return number(mean) + ("" if math.isnan(half) else f" ± {number(half)}")
+
+
+def _groups(runs: pd.DataFrame) -> Iterable[tuple[str, str, float, pd.DataFrame]]:
+    """Method, kind, sparsity and rows, methods in the order of the legends; without ``topk@block``."""
+    order = [m for m in NAMES if (runs["method"] == m).any()]
+    order += sorted({m for m in runs["method"] if m not in NAMES and "@" not in m})
+    for method in order:
+        rows = runs[runs["method"] == method]
+        for (kind, sparsity), group in rows.groupby(["kind", "sparsity"]):
+            yield method, kind, sparsity, group
+
+
+MAIN = {
+    "l0": "L0",
+    "kl": "KL (nats/token)",
+    "loss_recovered": "loss recovered",
+    "norm_mse": "NormMSE",
+    "features": "features",
+    "dead_latents": "never fired",
+}
+
+
+def main_results(found: Findings) -> str:
+    if found.runs.empty:
+        return ""
+    rows = [
+        [NAMES.get(method, method), f"{kind} {sparsity:g}", str(len(group)), *(cell(group[c]) for c in MAIN)]
+        for method, kind, sparsity, group in _groups(found.runs)
+    ]
+    return (
+        "## Results\n\nMean over seeds ± half of the 95 % confidence interval (t distribution).\n\n"
+        + markdown(["method", "sparsity", "seeds", *MAIN.values()], rows)
+    )
+
+
+def tables_2_and_3(found: Findings) -> str:
+    out = []
+    for number_, title, variant, name in (
+        (2, "sum pooling and attention", "route_attention", "attention"),
+        (3, "hard and soft routing", "route_soft", "soft routing"),
+    ):
+        runs = found.runs
+        shared = sorted(
+            set(runs.loc[runs["method"] == "route", "sparsity"])
+            & set(runs.loc[runs["method"] == variant, "sparsity"])
+        )
+        if not shared:
+            continue
+        rows = [
+            [
+                words,
+                what,
+                *(
+                    cell(runs.loc[(runs["method"] == method) & (runs["sparsity"] == k), metric])
+                    for k in shared
+                ),
+            ]
+            for method, words in (
+                ("route", "sum pooling" if number_ == 2 else "hard routing"),
+                (variant, name),
+            )
+            for metric, what in (("norm_mse", "NormMSE"), ("kl", "KL (nats/token)"), ("features", "features"))
+        ]
+        out.append(
+            f"## Table {number_}: {title}\n\n" + markdown(["", "", *(f"k = {k:g}" for k in shared)], rows)
+        )
+    return "\n\n".join(out)
+
+
+def collapse(found: Findings) -> str:
+    runs = found.runs[found.runs["effective_layers"].notna()]
+    if runs.empty:
+        return ""
+    columns = {
+        "mean_p": "mean p",
+        "entropy": "entropy of p (nats)",
+        "effective_layers": "effective blocks",
+        "layers_used": f"blocks over {USED:.0%}",
+        "switch_rate": "switch rate",
+        "dead_latents": "never fired",
+    }
+    rows = []
+    for method, kind, sparsity, group in _groups(runs):
+        used = []
+        for seed, name in zip(group["seed"], group["name"], strict=True):
+            shares = found.routing[(found.routing["name"] == name) & (found.routing["token_class"] == "all")]
+            blocks = shares[shares["inference_share"] > USED].sort_values("inference_share", ascending=False)
+            listed = [f"{int(b)}" for b in blocks["layer"][:6]] + (["..."] if len(blocks) > 6 else [])
+            used.append(f"seed {int(seed)}: {' '.join(listed)}")
+        rows.append(
+            [
+                NAMES.get(method, method),
+                f"{kind} {sparsity:g}",
+                *(cell(group[c]) for c in columns),
+                "; ".join(used),
+            ]
+        )
+    note = (
+        "Effective blocks: exp of the entropy of the shares. Switch rate: neighbouring tokens sent to different "
+        "blocks. The last column has the blocks by share, the largest first."
+    )
+    return f"## Collapse\n\n{note}\n\n" + markdown(
+        ["method", "sparsity", *columns.values(), "blocks used"], rows
+    )
+
+
+def by_class(found: Findings) -> str:
+    """Share by token class: of each class, the three blocks that take most of it, at the middle k and first seed."""
+    routing = found.routing[found.routing["method"].isin(["route", "distilled", "random"])]
+    if routing.empty:
+        return ""
+    ks = sorted(routing["sparsity"].unique())
+    routing = routing[(routing["sparsity"] == ks[len(ks) // 2]) & (routing["seed"] == routing["seed"].min())]
+    methods = [m for m in ("route", "distilled", "random") if (routing["method"] == m).any()]
+    rows = []
+    for token_class in dict.fromkeys(routing["token_class"]):
+        cells = []
+        of_class = routing[routing["token_class"] == token_class]
+        for method in methods:
+            top = of_class[of_class["method"] == method].nlargest(3, "inference_share")
+            cells.append(", ".join(f"{int(r.layer)}: {r.inference_share:.0%}" for r in top.itertuples()))
+        tokens = of_class["class_tokens"].max()
+        rows.append([escaped(token_class), f"{int(tokens):,}", *cells])
+    return (
+        "## Blocks by token class\n\nThe three blocks that take most of each class "
+        f"(k = {ks[len(ks) // 2]:g}, one seed).\n\n"
+        + markdown(["class", "tokens", *(NAMES.get(m, m) for m in methods)], rows)
+    )
+
+
+def layer_rows(found: Findings) -> pd.DataFrame:
+    rows = found.runs[found.runs["method"].str.startswith("topk@") & found.runs["kl"].notna()].copy()
+    rows["layer"] = rows["method"].str.partition("@")[2].astype(int) if len(rows) else []
+    return rows.sort_values("layer")
+
+
+def choosers(found: Findings, k: float) -> pd.DataFrame:
+    """KL of what chooses a block per token, at one k: columns label, kl, half, color, line."""
+    rows = []
+    for method in ("route", "random", "distilled"):
+        name, color = NAMES[method], STYLES[method][0]
+        values = found.runs.loc[
+            (found.runs["method"] == method) & (found.runs["sparsity"] == k), "kl"
+        ].dropna()
+        if len(values):
+            rows.append((name, *interval(values.tolist()), color, "-"))
+        seen = found.views[
+            (found.views["method"] == method)
+            & (found.views["sparsity"] == k)
+            & (found.views["rule"] == "oracle")
+        ]
+        if len(seen):
+            rows.append((f"{name}, oracle", *interval(seen["kl"].astype(float).tolist()), color, ":"))
+    return pd.DataFrame(rows, columns=["label", "kl", "half", "color", "line"])
+
+
+def fixed_layers(found: Findings) -> str:
+    layers = layer_rows(found)
+    if layers.empty:
+        return ""
+    k = layers["sparsity"].iloc[0]
+    rows = [
+        [f"TopK on block {layer}", str(len(g)), *(cell(g[c]) for c in ("kl", "loss_recovered", "norm_mse"))]
+        for layer, g in layers.groupby("layer")
+    ]
+    rows += [
+        [row.label, "", number(row.kl) + ("" if math.isnan(row.half) else f" ± {number(row.half)}"), "", ""]
+        for row in choosers(found, k).itertuples()
+    ]
+    return f"## One block for all tokens (k = {k:g})\n\n" + markdown(
+        ["", "seeds", "KL (nats/token)", "loss recovered", "NormMSE"], rows
+    )
+
+
+def views(found: Findings) -> str:
+    if found.views.empty:
+        return ""
+    rows = [
+        [
+            NAMES.get(method, method),
+            f"{kind} {sparsity:g}",
+            escaped(rule),
+            str(len(g)),
+            *(cell(g[c]) for c in ("kl", "loss_recovered", "norm_mse")),
+        ]
+        for (method, kind, sparsity, rule), g in found.views.groupby(
+            ["method", "kind", "sparsity", "rule"], sort=False
+        )
+    ]
+    note = "The same dictionary, each token's block chosen otherwise. The oracle takes the one with the least NormMSE."
+    return f"## Other routing rules\n\n{note}\n\n" + markdown(
+        ["dictionary of", "sparsity", "rule", "seeds", "KL (nats/token)", "loss recovered", "NormMSE"], rows
+    )

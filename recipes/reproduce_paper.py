@@ -1,0 +1,188 @@
+"""The evaluation of the RouteSAE paper as one recipe: train every method, measure, report.
+
+    python recipes/reproduce_paper.py --preset smoke --output runs/smoke      # minutes
+    python recipes/reproduce_paper.py --preset cpu --output runs/paper --part core --minutes 110
+    python recipes/reproduce_paper.py --preset cpu --output runs/paper        # all parts, then the report
+
+Each part (see PARTS) is a sweep in a folder of its own: one language-model forward per batch trains all its SAEs.
+Every stage skips what is there already, so an interrupted command (``--minutes``, Ctrl-C; exit status 75) is
+continued by the same command. ``report/`` holds the report, its figures and every number as CSV.
+"""
+
+from __future__ import annotations
+
+import _thread
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from paper_findings import write_whole
+from paper_presets import PARTS, PRESETS
+from paper_report import Report, write_report
+from paper_stages import Study, run_part
+from rich.console import Console
+
+import routesae_lens as rl
+
+STOPPED = 75
+"""Exit status (EX_TEMPFAIL): stopped before the end, to be continued."""
+SHARED_TEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "text"
+"""Text beside the repository, for those who have it; else the text that ships with the package."""
+HUB_TEXT = "Skylion007/openwebtext"
+
+
+@contextmanager
+def stopping_after(minutes: float | None) -> Iterator[None]:
+    """Raises KeyboardInterrupt in the main thread after so many minutes, and on SIGTERM as on Ctrl-C.
+
+    Training answers with a checkpoint (TrainingInterrupted). Elsewhere results are written whole, by groups of
+    SAEs, so that stopping at once costs the group under way and nothing else.
+    """
+    timer = threading.Timer(60 * minutes, _thread.interrupt_main) if minutes else None
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main else None
+    try:
+        if timer:
+            timer.daemon = True
+            timer.start()
+        yield
+    finally:
+        if timer:
+            timer.cancel()
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _claim(output: Path, settings: dict[str, Any]) -> None:
+    """A folder belongs to one set of settings; a run with others needs another one."""
+    path, settings = output / "settings.json", json.loads(json.dumps(settings))
+    if path.exists():
+        before = json.loads(path.read_text())
+        different = [
+            f"{name} = {before.get(name)!r}"
+            for name in settings | before
+            if before.get(name) != settings.get(name)
+        ]
+        if different:
+            raise typer.BadParameter(
+                f"{output} holds a run with {', '.join(different)}; choose another --output"
+            )
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(settings, indent=1))
+
+
+def _texts(dataset: str | None, eval_dataset: str | None, preset: str) -> tuple[str, str | None]:
+    """Where to train and where to evaluate; None for the first documents of the training text."""
+    if dataset is not None:
+        return dataset, eval_dataset
+    if preset == "llama-3.2-1b":
+        return HUB_TEXT, eval_dataset
+    if (SHARED_TEXT / "train.parquet").exists() and (SHARED_TEXT / "eval.parquet").exists():
+        return str(SHARED_TEXT / "train.parquet"), eval_dataset or str(SHARED_TEXT / "eval.parquet")
+    return "demo", eval_dataset
+
+
+def _identity(dataset: str | None) -> str | None:
+    """A name without the folder, and the size: the same text may lie elsewhere on another machine."""
+    if dataset is None or not Path(dataset).is_file():
+        return dataset
+    return f"{Path(dataset).name} ({Path(dataset).stat().st_size:,} bytes)"
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({int(one) for one in text.split(",")}))
+    except ValueError as error:
+        raise typer.BadParameter(f"expected numbers such as 14,20,32, got {text!r}") from error
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder of this study.")],
+    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "cpu",
+    part: Annotated[
+        str | None,
+        typer.Option(help=f"Only {', '.join(PARTS)} (and the report), or report alone; default all."),
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop cleanly after so many minutes.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Training text: file, folder, hub name, 'demo'.")
+    ] = None,
+    eval_dataset: Annotated[
+        str | None, typer.Option(help="Held-out text; default: documents taken off the training text.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Hugging Face name, local folder, or 'demo'.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Routed blocks, e.g. 6:21.")] = None,
+    d_sae: Annotated[int | None, typer.Option(help="Width of the SAEs.")] = None,
+    k: Annotated[str | None, typer.Option(help="Latents per token, e.g. 14,20,32.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Training tokens.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Tokens per training step.")] = None,
+    context_size: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
+    lm_batch_size: Annotated[int | None, typer.Option(help="Sequences per forward in training.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of the 5/75/20 schedule.")] = None,
+    kl_tokens: Annotated[int | None, typer.Option(help="Held-out tokens for KL.")] = None,
+    feature_tokens: Annotated[
+        int | None, typer.Option(help="Held-out tokens for features and routes.")
+    ] = None,
+    svg: Annotated[bool, typer.Option(help="Figures as SVG, too.")] = False,
+) -> None:
+    """Train the parts of a preset, measure them, and report every claim of the paper. Run again to continue."""
+    console = Console()
+    if preset not in PRESETS:
+        raise typer.BadParameter(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+    if part not in (None, "report", *PARTS):
+        raise typer.BadParameter(f"unknown part {part!r}; known: {', '.join([*PARTS, 'report'])}")
+    if minutes is not None and minutes <= 0:
+        raise typer.BadParameter(f"--minutes must be positive, got {minutes}")
+    if seeds is not None and seeds < 1:
+        raise typer.BadParameter(f"--seeds must be 1 or more, got {seeds}")
+    given: dict[str, Any] = {
+        "model": model, "layers": tuple(rl.parse_layers(layers)) if layers else None, "d_sae": d_sae,
+        "k": _numbers(k) if k else None, "seeds": seeds, "tokens": tokens, "batch_size": batch_size,
+        "context_size": context_size, "lm_batch_size": lm_batch_size, "lr": lr, "kl_tokens": kl_tokens,
+        "feature_tokens": feature_tokens,
+    }  # fmt: skip
+    if part == "report":
+        if not (output / "settings.json").exists():
+            raise typer.BadParameter(f"{output} holds no study to report")
+        _say(console, write_report(output, svg=svg))
+        return
+    settings = replace(PRESETS[preset], **{name: value for name, value in given.items() if value is not None})
+    dataset, eval_dataset = _texts(dataset, eval_dataset, preset)
+    sources = {"dataset": _identity(dataset), "eval_dataset": _identity(eval_dataset)}
+    _claim(output, {"preset": preset, **asdict(settings), **sources})
+    study = Study(settings, dataset, eval_dataset, output, console)
+    try:
+        with stopping_after(minutes):
+            _print_epochs(study)
+            for name in PARTS if part is None else [part]:
+                run_part(study, name)
+            report = write_report(output, svg=svg)
+    except KeyboardInterrupt:  # TrainingInterrupted is one
+        console.print("[yellow]stopped; run the same command again to go on[/yellow]")
+        raise typer.Exit(STOPPED) from None
+    _say(console, report)
+
+
+def _say(console: Console, report: Report) -> None:
+    console.print(report.summary())
+    console.print(f"Written to {report.folder}/: report.md, CSV files and figures")
+
+
+def _print_epochs(study: Study) -> None:
+    epochs = study.about["epochs"]
+    known = "an unknown number of" if epochs is None else f"about {epochs:.2f}"
+    study.console.print(
+        f"{study.preset.tokens:,} training tokens: {known} epochs of {_identity(study.dataset)}"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,414 @@
+"""The paper's evaluation in small: interrupted and continued, the verdict rules, what the report does with text."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import typer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))  # a recipe finds its own modules beside it
+
+import paper_claims
+import paper_findings
+import paper_presets
+import paper_report
+import paper_stages
+import paper_tables
+import paper_verdicts as verdicts
+import reproduce_paper
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:To copy construct", "ignore:the data holds", "ignore:end of the data"
+)
+ABOUT = ["name", "method", "kind", "sparsity", "seed"]
+
+
+@pytest.fixture(scope="module")
+def options(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    text = tmp_path_factory.mktemp("text") / "text.jsonl"
+    rows = [
+        {"text": f"The river {i} was quiet; {i * i} boats lay <b>still</b> | in harbour {i % 7}. " * 3}
+        for i in range(80)
+    ]
+    text.write_text("\n".join(map(json.dumps, rows)))
+    return {
+        "preset": "smoke", "model": str(tiny_llama_dir), "dataset": str(text), "d_sae": 48, "k": "3",
+        "tokens": 64 * 12, "batch_size": 64, "context_size": 16, "lm_batch_size": 4, "kl_tokens": 100,
+        "feature_tokens": 300,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a study that nothing interrupted."""
+    output = tmp_path_factory.mktemp("paper") / "whole"
+    reproduce_paper.main(output=output, **options)
+    return output
+
+
+def core(output: Path) -> dict[str, pd.DataFrame]:
+    found = {}
+    for name in ("results", "features", "routing", "views"):
+        table = pd.read_csv(output / f"report/{name}.csv")
+        found[name] = table[table["part"] == "core"].reset_index(drop=True).dropna(axis=1, how="all")
+    return found
+
+
+# --- The recipe -------------------------------------------------------------------------------------------
+
+
+def test_every_part_is_trained_measured_and_reported(whole: Path):
+    results = pd.read_csv(whole / "report/results.csv").set_index("name")
+    assert set(results["part"]) == set(paper_presets.PARTS)
+    assert set(results["method"]) == {
+        *(m for methods in paper_presets.PARTS.values() for m in methods if m != "topk@*"),
+        "topk@0", "topk@1", "topk@2", "topk@3",
+    }  # fmt: skip
+    assert (results["status"] == "evaluated").all() and results["kl"].notna().all()
+    assert (results.loc[["route-k3-seed0", "crosscoder_topk-k3-seed1", "mlsae-k3-seed0"], "l0"] <= 3).all()
+    assert results.loc[results["part"] != "layers", "features"].notna().all()
+    # routes only where there is a choice of layers
+    routed = results[results["effective_layers"].notna()]["method"]
+    assert set(routed) == {"route", "random", "distilled", "route_soft", "route_attention", "random_batch"}
+    # an SAE's KL under its own rule is that of the view with this rule
+    views = pd.read_csv(whole / "report/views.csv").set_index(["name", "rule"])
+    assert views.loc[("mlsae-k3-seed1", "fixed 3"), "kl"] == pytest.approx(
+        results.loc["mlsae-k3-seed1", "kl"]
+    )
+    assert set(views.reset_index()["method"]) == {"random", "distilled", "mlsae"}
+    best = views.loc[("random-k3-seed0", "oracle"), "norm_mse"]
+    assert best < views.loc[("random-k3-seed0", "fixed 3"), "norm_mse"]
+
+
+def test_the_numbers_are_those_of_the_package(whole: Path, tiny_proxy):
+    from sae_lens import SAE
+    from safetensors.torch import load_file
+
+    import routesae_lens as rl
+
+    sae = SAE.load_from_disk(whole / "core/training/route-k3-seed1")
+    tokens = load_file(whole / "held_out.safetensors")["tokens"]
+    assert tokens.shape == (-(-300 // 15), 16)
+    expected = rl.evaluate(sae, tiny_proxy, tokens[: -(-100 // 15)], progress=False)
+    found = core(whole)["results"].set_index("name").loc["route-k3-seed1"]
+    assert found["kl"] == pytest.approx(expected.kl, rel=1e-4)
+    assert found["norm_mse"] == pytest.approx(expected.norm_mse, rel=1e-4)
+
+
+def test_profiles_are_of_interpretable_features(whole: Path):
+    from routesae_lens.analysis.feature_set import FeatureSet
+
+    for name in ("topk-k3-seed0", "random-k3-seed0"):
+        profile = json.loads((whole / f"core/profiles/{name}.json").read_text())
+        known = {f.id: f for f in FeatureSet.load(whole / f"core/feature_sets/{name}.json.gz").features}
+        assert len(profile["features"]) >= 2
+        for feature in profile["features"]:
+            assert feature["top"] == known[feature["id"]].tokens[:4]
+            assert feature["peak"] == profile["layers"][feature["profile"].index(1.0)]
+        peaks = {
+            end: [f["peak"] for f in profile["features"] if f["end"] == end] for end in ("early", "late")
+        }
+        assert max(peaks["early"]) <= min(peaks["late"])
+
+
+def test_held_out_documents_are_not_trained_on(whole: Path, options: dict[str, Any]):
+    about = json.loads((whole / "text.json").read_text())
+    assert about["documents_skipped_in_training"] == about["held_out_documents"] > 0
+    assert about["epochs"] == pytest.approx(64 * 12 / about["tokens_per_epoch"])
+
+
+def test_report_has_figures_tables_and_every_claim(whole: Path):
+    report = (whole / "report/report.md").read_text()
+    for figure in (
+        "figure_1",
+        "figure_4",
+        "figure_5a",
+        "figure_6",
+        "figure_9",
+        "figure_9_distilled",
+        "figure_12",
+        "fixed_layers",
+    ):
+        assert f"({figure}.png)" in report
+        assert (whole / f"report/{figure}.png").read_bytes().startswith(b"\x89PNG")
+    claims = pd.read_csv(whole / "report/claims.csv")
+    assert len(claims) == len(paper_claims.PAPER) + len(paper_claims.OURS) + 2
+    assert not claims["verdict"].isin([verdicts.NOT_RUN, verdicts.ONE_SEED]).any()
+    for heading in (
+        "## Table 2",
+        "## Table 3",
+        "## Collapse",
+        "## Blocks by token class",
+        "## Other routing rules",
+    ):
+        assert heading in report
+    # every table keeps its columns
+    for block in report.split("\n\n"):
+        if block.startswith("|"):
+            assert len({line.replace("\\|", "").count("|") for line in block.splitlines()}) == 1
+
+
+def test_interrupted_and_continued_gives_the_same(
+    whole: Path, options: dict[str, Any], tmp_path: Path, monkeypatch
+):
+    output = tmp_path / "stopped"
+
+    def run(**changes: Any) -> int:
+        try:
+            reproduce_paper.main(output=output, part="core", **(options | changes))
+        except typer.Exit as stop:
+            return stop.exit_code
+        return 0
+
+    class SoonInTraining(threading.Timer):
+        """Goes off when the training has made two steps, whatever the time."""
+
+        def run(self) -> None:
+            log = output / "core/training/log.jsonl"
+            while not self.finished.wait(0.002):
+                if log.exists() and log.read_text().count("\n") >= 2:
+                    self.function()
+                    return
+
+    monkeypatch.setattr(reproduce_paper.threading, "Timer", SoonInTraining)
+    assert run(minutes=60) == reproduce_paper.STOPPED
+    assert json.loads((output / "core/training/run.json").read_text())["status"] == "interrupted"
+    assert not (output / "report").exists()
+    # between the groups of a measurement
+    real, calls = paper_stages.collect_features, []
+
+    def stopped_at_the_second(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(paper_stages, "GROUP", 3)
+    monkeypatch.setattr(paper_stages, "collect_features", stopped_at_the_second)
+    assert run() == reproduce_paper.STOPPED
+    assert len(list((output / "core/features").iterdir())) == 3
+    monkeypatch.setattr(paper_stages, "collect_features", real)
+    assert run() == 0
+    for name, table in core(output).items():
+        pd.testing.assert_frame_equal(table, core(whole)[name], check_like=True, check_dtype=False, rtol=1e-6)
+    # the report of this part alone
+    claims = pd.read_csv(output / "report/claims.csv").set_index("claim")["verdict"]
+    assert claims["Soft routing has a higher KL than hard routing"] == verdicts.NOT_RUN
+    assert claims["RouteSAE has a lower KL than TopK"].startswith(("reproduced", "not reproduced"))
+
+
+def test_what_is_done_is_not_done_again(whole: Path, options: dict[str, Any], monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in whole.glob("*/*/*.json")}
+    csv = {path.name: path.read_text() for path in (whole / "report").glob("*.csv")}
+    monkeypatch.setattr(paper_stages.rl, "load_model", None)  # not even the model is loaded
+    reproduce_paper.main(output=whole, **options)
+    assert {path: path.stat().st_mtime_ns for path in whole.glob("*/*/*.json")} == before
+    assert {path.name: path.read_text() for path in (whole / "report").glob("*.csv")} == csv
+
+
+def test_wrong_options_are_refused(whole: Path, options: dict[str, Any], tmp_path: Path):
+    for changes, message in (
+        ({"k": "5"}, r"holds a run with k = \[3\]; choose another --output"),
+        ({"preset": "cpu"}, "preset = 'smoke'"),
+        ({"preset": "huge"}, "unknown preset 'huge'; known: smoke, cpu, gpu, llama-3.2-1b"),
+        ({"part": "cores"}, "unknown part 'cores'"),
+        ({"k": "3;4"}, "expected numbers such as 14,20,32, got '3;4'"),
+        ({"seeds": 0}, "--seeds must be 1 or more, got 0"),
+        ({"minutes": -1}, "--minutes must be positive"),
+    ):
+        with pytest.raises(typer.BadParameter, match=message):
+            reproduce_paper.main(output=whole, **(options | changes))
+
+
+def test_report_alone_needs_no_preset(whole: Path, tmp_path: Path):
+    reproduce_paper.main(output=whole, part="report", svg=True)
+    assert (whole / "report/figure_4.svg").read_text().startswith("<?xml")
+    with pytest.raises(typer.BadParameter, match="holds no study to report"):
+        reproduce_paper.main(output=tmp_path / "none", part="report")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("name", paper_presets.PRESETS)
+def test_presets_make_valid_sweeps(name: str, tmp_path: Path):
+    preset = paper_presets.PRESETS[name]
+    study = paper_stages.Study(preset, "demo", None, tmp_path, None)
+    layers = list(preset.layers or range(6, 22))
+    study.__dict__["about"] = {"layers": layers, "d_sae": preset.d_sae or 576 * preset.expansion}
+    for part in paper_presets.PARTS:
+        config = study.config(part)
+        config.check(paper_stages.RECIPE_METHODS)
+        assert config.members(paper_stages.RECIPE_METHODS)
+    assert study.config("core").options["distilled"]["uniform_steps"] > 0
+
+
+# --- The verdicts -----------------------------------------------------------------------------------------
+
+
+def runs(**values: list[list[float]]) -> pd.DataFrame:
+    """``method=[[values of the seeds at k = 10], [at k = 20], ...]`` of a metric called "kl"."""
+    rows = [
+        {"method": method, "kind": "k", "sparsity": 10.0 * (i + 1), "l0": 10.0 * (i + 1), "seed": seed, "kl": value}
+        for method, by_k in values.items()
+        for i, seeds in enumerate(by_k)
+        for seed, value in enumerate(seeds)
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=["method", "kind", "sparsity", "l0", "seed", "kl"])
+
+
+def test_interval_is_students():
+    mean, half = verdicts.interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
+    assert math.isnan(verdicts.interval([1.0])[1])
+
+
+TOPK = [[2.0, 2.1, 2.2], [1.0, 1.1, 1.2], [0.5, 0.6, 0.7]]
+# paired: the seeds spread more than the difference, which is nearly the same in each
+LOWER = [[v - 0.05 - 0.001 * i for i, v in enumerate(row)] for row in TOPK]
+HIGHER = [[v + 0.05 + 0.001 * i for i, v in enumerate(row)] for row in TOPK]
+SCATTERED = [[v + (-1) ** i * 0.3 for i, v in enumerate(row)] for row in TOPK]
+
+
+@pytest.mark.parametrize(
+    "route, expected",
+    [
+        (LOWER, verdicts.REPRODUCED),
+        (HIGHER, verdicts.OPPOSITE),
+        (SCATTERED, verdicts.NO_DIFFERENCE),
+        ([LOWER[0], *SCATTERED[1:]], verdicts.NO_DIFFERENCE),
+        ([*LOWER[:2], HIGHER[2]], verdicts.REPRODUCED),
+        ([row[:1] for row in LOWER], verdicts.ONE_SEED),
+        ([], verdicts.NOT_RUN),
+    ],
+)
+def test_verdict_at_equal_k(route: list[list[float]], expected: str):
+    comparison = verdicts.equal_k(runs(route=route, topk=TOPK), "route", "topk", "kl")
+    assert verdicts.at_most_sparsities(comparison.differences, -1) == expected
+    if route is LOWER:
+        assert comparison.differences["k 20"] == pytest.approx([-0.05, -0.051, -0.052])
+        assert comparison.measured == "RouteSAE 1.216, TopK, last block 1.267 (-4.0%)"
+        assert "k 10: -0.0510 ± 0.0025 (n 3)" in paper_claims.spread(comparison.differences)
+
+
+def test_only_seeds_and_sparsities_of_both_count():
+    comparison = verdicts.equal_k(runs(route=[[1.0, 2.0], [3.0]], topk=[[0.5]]), "route", "topk", "kl")
+    assert comparison.differences == {"k 10": [0.5]}
+    missing = runs(route=[[1.0, math.nan]], topk=[[0.5, 0.5]])
+    assert verdicts.equal_k(missing, "route", "topk", "kl").differences == {"k 10": [0.5]}
+
+
+def test_coefficients_are_compared_at_equal_l0():
+    table = runs(topk=[[4.0], [2.0]])  # at L0 10 and 20
+    relu = [(0.1, 10 * math.sqrt(2), 7.0), (0.05, 40.0, 7.0), (0.4, 5.0, 7.0)]
+    table = pd.concat(
+        [table, pd.DataFrame([("relu", "l1", c, l0, 0, kl) for c, l0, kl in relu], columns=table.columns)]
+    )
+    comparison = verdicts.equal_l0(table, "relu", "topk", "kl", factor=2.0)
+    # half-way in ln L0: 3; above the range: the value at its end; below: none
+    assert comparison.differences == {
+        "l1 0.05": [pytest.approx(7 - 2 * 2)],
+        "l1 0.1": [pytest.approx(7 - 2 * 3)],
+    }
+
+
+@pytest.mark.parametrize(
+    "times, expected",
+    [(2.5, verdicts.REPRODUCED), (1.5, verdicts.NOT_FAR), (0.8, verdicts.OPPOSITE)],
+)
+def test_far_is_twice(times: float, expected: str):
+    far = next(claim for claim in paper_claims.PAPER if claim.text.startswith("Gated has a far higher KL"))
+    gated = [[times * v + 0.01 * i for i, v in enumerate(row)] for row in TOPK]
+    judged = paper_claims.judge(runs(gated=gated, topk=TOPK), [far])
+    assert judged["verdict"].tolist() == [expected]
+
+
+def test_slopes_are_over_ln_l0():
+    table = runs(route=[[4.0, 5.0], [3.0, 4.0]], topk=[[4.0, 4.0], [2.0, 1.0]])
+    comparison = verdicts.slopes(table, "topk", "route", "kl")
+    assert comparison.differences["slope"] == pytest.approx([-1 / math.log(2), -2 / math.log(2)])
+    assert verdicts.slopes(table, "topk", "random", "kl").differences == {"slope": []}
+
+
+def test_other_rules():
+    every, some, near = verdicts.in_every_seed, verdicts.at_some_sparsity, verdicts.nearly_equal
+    assert every({"k 1": [0.1, 0.2], "k 2": [0.1, 0.1]}, 1) == verdicts.REPRODUCED
+    assert every({"k 1": [0.1, 0.2], "k 2": [0.1, -0.1]}, 1) == verdicts.NO_DIFFERENCE
+    assert every({"k 1": [-0.1, -0.2]}, 1) == verdicts.OPPOSITE
+    assert every({"k 1": [0.1]}, 1) == some({"k 1": [0.1]}, 1) == near({"k 1": [0.1]}, 1) == verdicts.ONE_SEED
+    assert some({"k 1": [1.0, 1.01], "k 2": [-1.0, -1.01]}, 1) == verdicts.REPRODUCED
+    assert some({"k 1": [-1.0, -1.01], "k 2": [-1.0, -1.01]}, 1) == verdicts.OPPOSITE
+    assert near({"k 1": [0.1, 0.101]}, 1) == verdicts.REPRODUCED
+    assert near({"k 1": [0.5, 0.501]}, 1) == verdicts.OPPOSITE
+    assert near({"k 1": [0.1, -0.1]}, 1) == "not reproduced: undecided"
+
+
+def test_u_shape():
+    assert paper_findings.u_shape([4, 4, 1, 1, 1, 2, 2], "training") == pytest.approx(
+        {"u_training": 3 - 1, "both_ends_training": 2 - 1}
+    )
+    one_end = paper_findings.u_shape([0.9, 0.05, 0.0], "inference")
+    assert one_end["u_inference"] > 0 > one_end["both_ends_inference"]
+
+
+def test_parameters_are_those_of_the_saes():
+    from sae_lens.registry import get_sae_training_class
+
+    from routesae_lens.training.methods import make_config
+
+    counted = paper_claims.count_parameters(8, 40, 3)
+    for method, name in (("route", "route"), ("topk", "topk"), ("crosscoder_topk", "crosscoder")):
+        config = make_config(method, None, [1, 2, 3], 40, 4, 0)
+        sae = get_sae_training_class(config.architecture())[0](config)
+        # (a RouteSAE over one layer has a router, too, that decides nothing)
+        used = [tensor for key, tensor in sae.named_parameters() if (key, method) != ("W_router", "topk")]
+        assert counted[name] == sum(map(torch.numel, used)), method
+
+
+# --- The report -------------------------------------------------------------------------------------------
+
+
+def test_text_from_data_cannot_break_the_page():
+    assert paper_tables.escaped("a|b\n<script>*x*</script>[l](u)`c` $x$") == (
+        r"a\|b &lt;script&gt;\*x\*&lt;/script&gt;\[l\](u)\`c\` \$x\$"
+    )
+    assert "\u202e" not in paper_tables.escaped("\u202eabc")
+
+
+def test_a_diverged_member_is_named_and_left_out(whole: Path, tmp_path: Path):
+    study = tmp_path / "study"
+    shutil.copytree(whole, study, ignore=shutil.ignore_patterns("training", "feature_sets", "report"))
+    path = study / "core/results/route-k3-seed1.json"
+    record = json.loads(path.read_text())
+    about = {key: record[key] for key in ("name", "method", "sparsity_kind", "sparsity", "seed", "versions")}
+    path.write_text(json.dumps(about | {"status": "diverged at step 3"}))
+    for kind in ("features", "routing", "views"):
+        (study / f"core/{kind}/route-k3-seed1.json").unlink()
+    report = paper_report.write_report(study)
+    text = (report.folder / "report.md").read_text()
+    assert "left out of everything below:** route-k3-seed1 (diverged at step 3)" in text
+    claims = report.claims.set_index("claim")["verdict"]
+    assert claims["RouteSAE has a lower KL than TopK"] == verdicts.ONE_SEED
+
+
+def test_figure_1_shows_any_token():
+    record = {
+        "method": "topk", "layers": [1, 2, 3],
+        "features": [
+            {"id": 7, "profile": [1.0, 0.5, 0.1], "end": "early", "top": ["$5 and $6", "\u4e2d", "<b>"]},
+            {"id": 8, "profile": [0.1, 0.5, 1.0], "end": "late", "top": ["a" * 99]},
+        ],
+    }  # fmt: skip
+    import paper_plots
+
+    figure = paper_plots.profiles([record])
+    assert figure is not None
+    figure.canvas.draw()
+    assert paper_plots.profiles([{"features": []}]) is None
