@@ -76,8 +76,8 @@ def train(
     architecture: Annotated[
         str,
         typer.Option(
-            help="route_topk, route_batchtopk, route_matryoshka_batchtopk, route_jumprelu, route_gated or "
-            "route_standard.",
+            help="route_topk, route_batchtopk, route_matryoshka_batchtopk, route_jumprelu, route_gated, "
+            "route_standard, crosscoder_topk, crosscoder_batchtopk or crosscoder_standard.",
             rich_help_panel=SAE,
         ),
     ] = "route_topk",
@@ -407,13 +407,27 @@ def _config(architecture: str, build: Callable[..., Any], d_sae: int, k: int, op
     from dataclasses import fields
 
     from routesae_lens.saes.architectures import ROUTE_ARCHITECTURES
+    from routesae_lens.saes.crosscoder import CROSSCODER_ARCHITECTURES
 
-    if architecture not in ROUTE_ARCHITECTURES:
-        raise ValueError(f"unknown architecture {architecture!r}; known: {', '.join(ROUTE_ARCHITECTURES)}")
-    config = ROUTE_ARCHITECTURES[architecture]
+    architectures = ROUTE_ARCHITECTURES | CROSSCODER_ARCHITECTURES
+    if architecture not in architectures:
+        raise ValueError(f"unknown architecture {architecture!r}; known: {', '.join(architectures)}")
+    config = architectures[architecture]
     known = {field.name: field for field in fields(config)}
     for name in ("d_in", "d_sae", "layers"):
         del known[name]  # they have options of their own
+    if "routing" not in known:
+        router = {
+            "routing": "hard",
+            "fixed_layer": None,
+            "aggregator": "sum",
+            "route_seed": options.get("route_seed"),
+        }
+        if given := [name for name, default in router.items() if options.get(name) != default]:
+            raise ValueError(
+                f"{architecture} has no router: it takes no --{', --'.join(given).replace('_', '-')}"
+            )
+        options = {name: value for name, value in options.items() if name not in router}
     unknown = set(options) - known.keys()
     if unknown:
         raise ValueError(

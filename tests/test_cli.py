@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from routesae_lens.analysis import evaluate
 from routesae_lens.cli import app
 from routesae_lens.saes.architectures import ROUTE_ARCHITECTURES
+from routesae_lens.saes.crosscoder import CROSSCODER_ARCHITECTURES, Crosscoder
 from routesae_lens.training.checkpoint import Checkpoints
 from routesae_lens.training.log import TrainingLog
 
@@ -26,7 +27,7 @@ def test_the_help_names_every_architecture_and_explains_every_option():
     parameters = command.commands["train"].params
     assert all(getattr(parameter, "help", None) for parameter in parameters)
     helped = next(parameter.help for parameter in parameters if parameter.name == "architecture")
-    assert all(name in helped for name in ROUTE_ARCHITECTURES)
+    assert all(name in helped for name in ROUTE_ARCHITECTURES | CROSSCODER_ARCHITECTURES)
 
 
 @pytest.fixture
@@ -48,6 +49,16 @@ def test_the_command_trains(arguments: list[str], tmp_path: Path):
     sae = SAE.load_from_disk(tmp_path / "run" / "route_matryoshka_batchtopk")
     assert (sae.cfg.layers, sae.cfg.routing, sae.cfg.d_sae) == ([1, 2, 3], "soft", 64)
     assert any("eval" in key for line in TrainingLog(tmp_path / "run" / "log.jsonl").read() for key in line)
+
+
+def test_the_command_trains_crosscoders(arguments: list[str], tmp_path: Path):
+    done = CliRunner().invoke(app, [*arguments, "--architecture", "crosscoder_topk", "--layers", "0:2"])
+    assert done.exit_code == 0, done.output
+    sae = SAE.load_from_disk(tmp_path / "run" / "crosscoder_topk")
+    assert isinstance(sae, Crosscoder) and sae.layers == [0, 1, 2]
+    wrong = [*arguments, "--architecture", "crosscoder_topk", "--routing", "soft", "--output", "no"]
+    done = CliRunner().invoke(app, wrong)
+    assert done.exit_code == 2 and "has no router: it takes no --routing" in done.output.replace("\n", " ")
 
 
 def test_without_eval_dataset_the_first_documents_are_held_out(arguments: list[str], tmp_path: Path):

@@ -78,13 +78,22 @@ def test_every_part_is_trained_measured_and_reported(whole: Path):
     assert results.loc[results["part"] != "layers", "features"].notna().all()
     # routes only where there is a choice of layers
     routed = results[results["effective_layers"].notna()]["method"]
-    assert set(routed) == {"route", "random", "distilled", "route_soft", "route_attention", "random_batch"}
+    choosing = {
+        "route",
+        "random",
+        "distilled",
+        "distilled_mean",
+        "route_soft",
+        "route_attention",
+        "random_batch",
+    }
+    assert set(routed) == choosing | set(paper_presets.PARTS["routers"])
     # an SAE's KL under its own rule is that of the view with this rule
     views = pd.read_csv(whole / "report/views.csv").set_index(["name", "rule"])
     assert views.loc[("mlsae-k3-seed1", "fixed 3"), "kl"] == pytest.approx(
         results.loc["mlsae-k3-seed1", "kl"]
     )
-    assert set(views.reset_index()["method"]) == {"random", "distilled", "mlsae"}
+    assert set(views.reset_index()["method"]) == {"random", "distilled", "distilled_mean", "mlsae"}
     best = views.loc[("random-k3-seed0", "oracle"), "norm_mse"]
     assert best < views.loc[("random-k3-seed0", "fixed 3"), "norm_mse"]
 
@@ -135,6 +144,8 @@ def test_report_has_figures_tables_and_every_claim(whole: Path):
         "figure_6",
         "figure_9",
         "figure_9_distilled",
+        "figure_9_distilled_mean",
+        "routers",
         "figure_12",
         "fixed_layers",
     ):
@@ -184,7 +195,7 @@ def test_interrupted_and_continued_gives_the_same(
     assert json.loads((output / "core/training/run.json").read_text())["status"] == "interrupted"
     assert not (output / "report").exists()
     # between the groups of a measurement
-    real, calls = paper_stages.collect_features, []
+    real, calls = paper_stages.rl.collect_features, []
 
     def stopped_at_the_second(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
@@ -193,10 +204,10 @@ def test_interrupted_and_continued_gives_the_same(
         return real(*args, **kwargs)
 
     monkeypatch.setattr(paper_stages, "GROUP", 3)
-    monkeypatch.setattr(paper_stages, "collect_features", stopped_at_the_second)
+    monkeypatch.setattr(paper_stages.rl, "collect_features", stopped_at_the_second)
     assert run() == reproduce_paper.STOPPED
     assert len(list((output / "core/features").iterdir())) == 3
-    monkeypatch.setattr(paper_stages, "collect_features", real)
+    monkeypatch.setattr(paper_stages.rl, "collect_features", real)
     assert run() == 0
     for name, table in core(output).items():
         pd.testing.assert_frame_equal(table, core(whole)[name], check_like=True, check_dtype=False, rtol=1e-6)
@@ -247,7 +258,6 @@ def test_presets_make_valid_sweeps(name: str, tmp_path: Path):
         config = study.config(part)
         config.check(paper_stages.RECIPE_METHODS)
         assert config.members(paper_stages.RECIPE_METHODS)
-    assert study.config("core").options["distilled"]["uniform_steps"] > 0
 
 
 # --- The verdicts -----------------------------------------------------------------------------------------
