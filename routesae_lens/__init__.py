@@ -19,6 +19,7 @@ from routesae_lens.analysis.features import collect_features
 from routesae_lens.analysis.layer_profiles import LayerProfiles, layer_profiles
 from routesae_lens.analysis.metrics import Evaluation, kl_per_token
 from routesae_lens.analysis.routing import RoutingProfile, analyse_routing, training_shares
+from routesae_lens.analysis.stream import Batch, kept_tokens, read_batches, subjects_of
 from routesae_lens.analysis.token_classes import TOKEN_CLASSES, class_table, token_class
 from routesae_lens.backends import backend_of
 from routesae_lens.demo import demo_model_path, demo_text_path
@@ -75,6 +76,7 @@ from routesae_lens.saes.crosscoder import (
 from routesae_lens.saes.route_sae import RouteSAE, RouteTrainingSAE, inference_form, with_routing
 from routesae_lens.saes.router import AGGREGATORS, ROUTINGS, Route, standardize
 from routesae_lens.splice.hooked import HookedRouteSAETransformer, RouteSAETransformerBridge
+from routesae_lens.splice.replace import splice_hooks
 from routesae_lens.training.data import load_text
 from routesae_lens.training.interruption import TrainingInterrupted
 from routesae_lens.training.memory import MemoryEstimate, estimate_memory
@@ -90,6 +92,7 @@ __all__ = [
     "ROUTE_ARCHITECTURES",
     "ROUTINGS",
     "TOKEN_CLASSES",
+    "Batch",
     "BlockActivity",
     "Context",
     "Crosscoder",
@@ -159,6 +162,7 @@ __all__ = [
     "held_out_tokens",
     "inference_form",
     "join_layers",
+    "kept_tokens",
     "kl_per_token",
     "layer_profiles",
     "load_model",
@@ -167,8 +171,11 @@ __all__ = [
     "mount_layers",
     "mounted_points",
     "parse_layers",
+    "read_batches",
+    "splice_hooks",
     "split_layers",
     "standardize",
+    "subjects_of",
     "sweep",
     "token_class",
     "train",
