@@ -294,6 +294,8 @@ def test_what_cannot_be_attached_is_refused(model: Any):
         model.add_sae(training)
     with pytest.raises(TypeError, match="scale_by_p=False is for RouteSAEs, not for CrosscoderTopKSAE"):
         model.add_sae(sae, scale_by_p=False)
+    with pytest.raises(TypeError, match="scale_by_p=False is for"), model.saes(sae, scale_by_p=False):
+        pass
     for other in (make_sae(), ordinary_sae("blocks.1.hook_resid_post")):
         with pytest.raises(TypeError, match="splice_layers is for Crosscoders"):
             model.add_sae(other, splice_layers=[1])

@@ -119,6 +119,13 @@ def test_balance_and_entropy_by_hand():
     assert probs.grad.abs().max() > 0
 
 
+def test_balance_is_of_the_routers_own_choice():
+    probs = torch.tensor([[0.7, 0.2, 0.1], [0.4, 0.5, 0.1]])
+    explored = Route(probs, torch.tensor([2, 2]), probs, probs, probs[:, 0])
+    own = Route(probs, torch.tensor([0, 1]), probs, probs, probs[:, 0])
+    assert router_losses(explored, {"balance": 1.0}) == router_losses(own, {"balance": 1.0})
+
+
 def test_coefficients_are_scheduled_and_act(stack):
     sae = make(balance_coefficient=0.1, router_warm_up_steps=7)
     scheduled = sae.get_coefficients()["balance"]
@@ -175,6 +182,9 @@ def test_with_routing_shares_parameters(stack):
     assert random.W_dec is sae.W_dec
     assert not hasattr(random, "W_router")
     assert with_routing(sae, "hard").W_router is sae.W_router
+    sae.use_error_term = True
+    assert with_routing(sae, "oracle").use_error_term
+    sae.use_error_term = False
     torch.testing.assert_close(with_routing(sae, "distilled").encode(stack), sae.encode(stack))
     with pytest.raises(ValueError, match="W_router"):
         with_routing(random, "hard")

@@ -284,7 +284,13 @@ def test_files_that_are_none(proxy, tokens, tmp_path):
     features.save(path)
     good = json.loads(path.read_bytes())
     text = json.dumps(good).encode()
-    for content in (b"", b"\xff\x00", text[:-20], gzip.compress(text)[:-20], b"\x1f\x8bxx"):
+
+    def flipped(text: bytes) -> bytes:
+        packed = bytearray(gzip.compress(text))
+        packed[len(packed) // 2] ^= 0xFF
+        return bytes(packed)
+
+    for content in (b"", b"\xff\x00", text[:-20], gzip.compress(text)[:-20], b"\x1f\x8bxx", flipped(text)):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"f\.json is no file of features"):
             FeatureSet.load(path)
@@ -299,6 +305,8 @@ def test_files_that_are_none(proxy, tokens, tmp_path):
         {"max_activation": "x"},
         {"candidates": [{"id": 1}]},
         {"candidates": [{**good["candidates"][0], "id": 10**6}]},
+        {"candidates": [{**good["candidates"][0], "id": 3.5}]},
+        {"candidates": good["candidates"][:1] * 2},
         {"layer_tokens": {"x": 3}},
     ]
     for damage in damages:

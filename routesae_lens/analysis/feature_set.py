@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Real
@@ -233,7 +234,7 @@ class FeatureSet:
         content = Path(path).read_bytes()
         try:
             data = json.loads(gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
-        except (ValueError, OSError, EOFError) as error:
+        except (ValueError, OSError, EOFError, zlib.error, RecursionError) as error:
             raise ValueError(f"{path} is no file of features: {type(error).__name__}: {error}") from error
         found = data.get("format") if isinstance(data, dict) else None
         if found != FORMAT:
@@ -261,9 +262,12 @@ class FeatureSet:
             )
             for feature in data["candidates"]
         ]
+        latents = range(len(per_latent["max_activation"]))
         for feature in candidates:
-            if not 0 <= feature.id < len(per_latent["max_activation"]):
-                raise ValueError(f"feature {feature.id} is none of the latents")
+            if type(feature.id) is not int or feature.id not in latents:
+                raise ValueError(f"feature {feature.id!r} is none of the {len(latents)} latents")
+        if len({feature.id for feature in candidates}) < len(candidates):
+            raise ValueError("a feature is there twice")
         layer_tokens = {int(block): count for block, count in data["layer_tokens"].items()}
         rule = FeatureRule(**data["rule"])
         return cls(data["name"], rule, data["tokens"], layer_tokens, candidates=candidates, **per_latent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -99,7 +100,11 @@ def layer_profiles(
     if n_each < 1 or min_tokens < 1:
         raise ValueError(f"n_each and min_tokens must be 1 or more, got {n_each} and {min_tokens}")
     width = sae.cfg.d_sae
-    if features is not None and (not len(features) or not all(0 <= feature < width for feature in features)):
+    if features is not None and (
+        not len(features)
+        or any(isinstance(feature, bool) or not isinstance(feature, Integral) for feature in features)
+        or not all(0 <= feature < width for feature in features)
+    ):
         raise ValueError(f"features must be a non-empty list of latents 0 to {width - 1}, got {features!r}")
     blocks = list(sae.cfg.layers if layers is None else layers)
     # (read_batches reads the points that its subjects name)

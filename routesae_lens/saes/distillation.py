@@ -60,7 +60,8 @@ def router_losses(route: Route, coefficients: Mapping[str, float]) -> dict[str, 
     """Load balancing (Fedus et al. 2022, Eq. 4) and entropy, each times its coefficient where it has one."""
     losses, probs = {}, route.probs.flatten(0, -2)
     if balance := coefficients.get("balance"):
-        share = nn.functional.one_hot(route.layer.flatten(), probs.shape[-1]).to(probs.dtype).mean(0)
+        # (the router's own choice; distillation also reads the oracle's layers and random ones)
+        share = nn.functional.one_hot(probs.argmax(-1), probs.shape[-1]).to(probs.dtype).mean(0)
         losses["balance_loss"] = balance * probs.shape[-1] * (share * probs.mean(0)).sum()
     if entropy := coefficients.get("entropy"):
         losses["entropy_loss"] = entropy * torch.special.entr(probs.clamp_min(1e-20)).sum(-1).mean()

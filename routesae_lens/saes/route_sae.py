@@ -380,4 +380,5 @@ def with_routing(
         setattr(other, name, theirs[name])
     for name, buffer in sae.named_buffers():
         setattr(other, name, buffer)
+    other.use_error_term = sae.use_error_term
     return other.train(sae.training)

@@ -277,6 +277,9 @@ class Attaching:
         if splice_layers is not None and not any(isinstance(sae, Crosscoder) for sae in listed):
             kinds = ", ".join(type(sae).__name__ for sae in listed) or "nothing"
             raise TypeError(f"splice_layers is for Crosscoders, got {kinds}")
+        if not scale_by_p and not any(isinstance(sae, RouteSAE) for sae in listed):
+            kinds = ", ".join(type(sae).__name__ for sae in listed) or "nothing"
+            raise TypeError(f"scale_by_p=False is for RouteSAEs, got {kinds}")
         ordinary = [sae for sae in listed if not isinstance(sae, StackSAE)]
         for sae in ordinary:
             self._check_ordinary(sae)  # before SAELens notes what it is going to restore
