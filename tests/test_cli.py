@@ -1,9 +1,11 @@
-"""``routesae-lens train``."""
+"""``routesae-lens train`` and ``routesae-lens sweep``."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from routesae_lens.analysis import evaluate
 from routesae_lens.cli import app
 from routesae_lens.saes.architectures import ROUTE_ARCHITECTURES
 from routesae_lens.saes.crosscoder import CROSSCODER_ARCHITECTURES, Crosscoder
+from routesae_lens.saes.router import AGGREGATORS, ROUTINGS
+from routesae_lens.training import sweep as sweep_module
 from routesae_lens.training.checkpoint import Checkpoints
 from routesae_lens.training.log import TrainingLog
 
@@ -26,8 +30,10 @@ def test_the_help_names_every_architecture_and_explains_every_option():
     command: Any = typer.main.get_command(app)
     parameters = command.commands["train"].params
     assert all(getattr(parameter, "help", None) for parameter in parameters)
-    helped = next(parameter.help for parameter in parameters if parameter.name == "architecture")
-    assert all(name in helped for name in ROUTE_ARCHITECTURES | CROSSCODER_ARCHITECTURES)
+    helped = {parameter.name: re.split(r"\W+", parameter.help) for parameter in parameters}
+    assert {*ROUTE_ARCHITECTURES, *CROSSCODER_ARCHITECTURES} <= {*helped["architecture"]}
+    assert {*ROUTINGS} <= {*helped["routing"]}
+    assert {*AGGREGATORS} <= {*helped["aggregator"]}
 
 
 @pytest.fixture
@@ -173,3 +179,38 @@ def test_a_wrong_sweep_is_refused_before_the_model_loads(arguments: list[str], t
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 2
     assert "2 mistakes" in done.output and "'sede'" in done.output and "schedule 'x'" in done.output
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--group-size", "0"], "--group-size must be 1 or more, got 0"),
+        (["--memory-gib", "nan"], "--memory-gib must be a positive number, got nan"),
+        (["--memory-gib", "0"], "--memory-gib must be a positive number, got 0.0"),
+        (["--memory-gib", "-2"], "--memory-gib must be a positive number, got -2.0"),
+        (["--memory-gib", "inf"], "--memory-gib must be a positive number, got inf"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_before_the_model_loads(
+    arguments: list[str], tmp_path: Path, wrong: list[str], message: str
+):
+    command = sweep_arguments(arguments, tmp_path, SPEC)
+    command[3] = "/no/such/model"
+    done = CliRunner().invoke(app, [*command, *wrong])
+    assert done.exit_code == 2 and message in done.output and "Traceback" not in done.output
+
+
+def test_the_sweep_command_names_what_is_not_finite(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def evaluate_all(*args: Any, **options: Any) -> Any:
+        evaluations = evaluate.evaluate_all(*args, **options)
+        evaluations["topk-k2-seed0"] = replace(evaluations["topk-k2-seed0"], kl=float("nan"))
+        return evaluations
+
+    monkeypatch.setattr(sweep_module, "evaluate_all", evaluate_all)
+    done = CliRunner().invoke(app, sweep_arguments(arguments, tmp_path, SPEC))
+    assert done.exit_code == 0, done.output
+    assert "not finite: topk-k2-seed0" in done.output
+    status = (tmp_path / "run" / "results.csv").read_text()
+    assert status.count("not finite") == 1 and status.count("evaluated") == 1

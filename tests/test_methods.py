@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,7 +11,14 @@ from datasets import Dataset
 from sae_lens import SAE
 from transformer_lens import HookedTransformer
 
-from routesae_lens.training.methods import METHODS, SPARSITIES, Method, find_method, make_config
+from routesae_lens.training.methods import (
+    METHODS,
+    SPARSITIES,
+    Method,
+    find_method,
+    make_config,
+    option_problems,
+)
 from routesae_lens.training.train import train
 
 LAYERS = [1, 2, 4]
@@ -28,6 +36,15 @@ EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
     "route_straight_through": ("route_topk", {"routing": "straight_through"}),
     "route_mean": ("route_topk", {"routing": "hard", "aggregator": "mean"}),
     "route_attention": ("route_topk", {"routing": "hard", "aggregator": "attention"}),
+    "route_mse": ("route_topk", {"routing": "hard", "loss": "mse"}),
+    "route_balanced": ("route_topk", {"routing": "hard", "balance_coefficient": 0.1}),
+    "route_entropy": ("route_topk", {"routing": "hard", "entropy_coefficient": -0.1}),
+    "route_straight_through_balanced": (
+        "route_topk",
+        {"routing": "straight_through", "balance_coefficient": 0.1},
+    ),
+    "route_top2": ("route_topk", {"layers": LAYERS, "routing": "top2"}),
+    "route_layer_scale": ("route_topk", {"routing": "hard", "layer_scale": True}),
     "random": ("route_topk", {"routing": "random", "random_per": "token", "route_seed": 7}),
     "random_batch": ("route_topk", {"routing": "random", "random_per": "batch"}),
     "topk": ("route_topk", {"layers": [4], "loss": "normalized_mse", "standardize": True}),
@@ -37,6 +54,8 @@ EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
     "plain_topk": ("topk", {"k": 4, "normalize_activations": "expected_average_only_in"}),
     "mlsae": ("route_topk", {"layers": LAYERS, "routing": "every", "k": 4}),
     "distilled": ("route_topk", {"layers": LAYERS, "routing": "distilled", "k": 4}),
+    "distilled_mean": ("route_topk", {"routing": "distilled", "aggregator": "mean"}),
+    "oracle": ("route_topk", {"layers": LAYERS, "routing": "oracle", "k": 4}),
     "crosscoder_topk": ("crosscoder_topk", {"layers": LAYERS, "k": 4, "d_in": 96}),
     "crosscoder_batchtopk": ("crosscoder_batchtopk", {"layers": LAYERS, "k": 4.0}),
     "crosscoder_relu": ("crosscoder_standard", {"layers": LAYERS, "l1_coefficient": 0.5}),
@@ -85,6 +104,43 @@ def test_a_method_of_one_layer_can_read_any(tiny_hooked: HookedTransformer, name
 def test_names_that_are_no_method(name: str, message: str):
     with pytest.raises(ValueError, match=message):
         find_method(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "messages"),
+    [
+        ("route", {"k": 16}, ["k is set by the sparsity"]),
+        ("relu", {"l1_coefficient": 3.0}, ["l1_coefficient is set by the sparsity"]),
+        ("plain_topk", {"k": 16}, ["k is set by the sparsity"]),
+        ("route", {"routing": "soft"}, ["routing is set by the method"]),
+        ("distilled", {"routing": "soft"}, ["routing is set by the method"]),
+        ("route_mean", {"aggregator": "sum"}, ["aggregator is set by the method"]),
+        ("random", {"route_seed": 3}, ["route_seed is set by the seed"]),
+        ("route", {"metadata": {}, "layers": [1]}, ["metadata is set by the model", "layers is set by"]),
+        ("topk", {"los": 1, "lss": 2}, ["no field los, lss; fields: aggregator, apply_b_dec_to_input, aux"]),
+        ("relu", {"aux_loss_coefficient": 1.0}, ["no field aux_loss_coefficient"]),
+        ("route", {"balance_coefficient": "x"}, ["balance_coefficient must be float, got 'x'"]),
+        ("route", {"relu": 1}, ["relu must be bool, got 1"]),
+        ("route", {"dtype": "float99"}, ["unknown dtype 'float99'; known: float32"]),
+        ("route", {"decoder_init_norm": "big"}, ["decoder_init_norm must be float | None, got 'big'"]),
+    ],
+)
+def test_options_that_a_method_does_not_take(name: str, options: dict[str, Any], messages: list[str]):
+    found = option_problems(METHODS[name], options)
+    assert len(found) == len(messages)
+    for message, problem in zip(messages, found, strict=True):
+        assert message in problem
+    if not options.keys() & {"aux_loss_coefficient", "layers"}:  # (arguments of make_config's own)
+        with pytest.raises(ValueError, match=re.escape(messages[0])):
+            made(None, name, **options)
+
+
+def test_options_that_a_method_takes(tiny_hooked: HookedTransformer):
+    options = {"loss": "mse", "decoder_init_norm": None, "balance_coefficient": 1.0, "dtype": "bfloat16"}
+    config = made(tiny_hooked, "route", **options)
+    assert {name: getattr(config, name) for name in options} == options
+    assert made(tiny_hooked, "route", aggregator="mean").aggregator == "mean"
+    assert option_problems(METHODS["crosscoder_batchtopk"], {"aux_loss_coefficient": 1}) == []  # as in TOML
 
 
 def test_a_recipe_may_add_its_own(tiny_hooked: HookedTransformer):

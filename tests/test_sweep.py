@@ -1,4 +1,4 @@
-"""A sweep: one training for all members, results that appear as they come, and what is refused."""
+"""A sweep: one training for all members, and results that appear as they come."""
 
 from __future__ import annotations
 
@@ -6,98 +6,28 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from sae_lens import SAE
 from safetensors.torch import load_file
-from transformer_lens import HookedTransformer, HookedTransformerConfig
+from sweeps import CONFIG, files, ids, run, tiny_model
 
 from routesae_lens.analysis.evaluate import evaluate_all
 from routesae_lens.training import sweep as sweep_module
 from routesae_lens.training.checkpoint import Checkpoints
 from routesae_lens.training.interruption import TrainingInterrupted
 from routesae_lens.training.log import TrainingLog
-from routesae_lens.training.memory import estimate_memory
-from routesae_lens.training.sweep import SweepResult, sweep
+from routesae_lens.training.sweep import SweepResult
 from routesae_lens.training.sweep_config import SweepConfig
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:To copy construct", "ignore:the data holds", "ignore:end of the data", "ignore:frozen at training"
 )
-CONFIG: dict[str, Any] = {
-    "methods": ["route", "random", "topk", "relu", "crosscoder_topk"],
-    "k": [2],
-    "sparsities": {"topk": [2, 4], "relu": [0.5], "crosscoder_topk": [3]},
-    "seeds": [0, 1],
-    "layers": [1, 2, 4],
-    "d_sae": 40,
-    "training_tokens": 14 * 32,
-    "context_size": 16,
-    "batch_size": 32,
-    "held_out_sequences": 4,
-    "eval_batch_size": 2,
-}
-
-
-def tiny_model() -> HookedTransformer:
-    """A fresh one for every run, as in a new process."""
-    sizes: dict[str, Any] = {
-        "n_layers": 6,
-        "d_model": 32,
-        "n_ctx": 32,
-        "d_head": 8,
-        "n_heads": 4,
-        "d_mlp": 64,
-    }
-    return HookedTransformer(
-        HookedTransformerConfig(d_vocab=64, act_fn="gelu", seed=0, device="cpu", **sizes)
-    ).eval()
-
-
-def rows(n: int = 60, seed: int = 0) -> Dataset:
-    return Dataset.from_dict({"tokens": ids(n, seed).tolist()})
-
-
-def ids(n: int, seed: int) -> torch.Tensor:
-    return torch.randint(64, (n, 16), generator=torch.Generator().manual_seed(seed))
-
-
-def run(output: Path, held_out: torch.Tensor | None = None, **changes: Any) -> SweepResult:
-    options = {name: changes.pop(name) for name in OPTIONS if name in changes}
-    config = SweepConfig.from_dict(CONFIG | changes)
-    tokens = ids(CONFIG["held_out_sequences"], 1) if held_out is None else held_out
-    return sweep(
-        tiny_model(),
-        config,
-        rows(),
-        tokens,
-        output,
-        **{"group_size": 3, "checkpoint_every": 6, "progress": False} | options,
-    )
-
-
-OPTIONS = (
-    "group_size",
-    "resume",
-    "memory",
-    "methods_table",
-    "checkpoint_every",
-    "on_divergence",
-    "log_every",
-)
-
-
-def files(output: Path) -> dict[str, str]:
-    """Everything that was measured, and the training log."""
-    paths = [*output.glob("results/*.json"), output / "results.csv", output / "training" / "log.jsonl"]
-    return {str(path.relative_to(output)): path.read_text() for path in paths}
 
 
 @pytest.fixture(scope="module")
@@ -343,220 +273,43 @@ def test_divergence_can_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
         run(tmp_path, on_divergence="raise")
 
 
-# --- What it refuses --------------------------------------------------------------------------------------
-
-MISTAKES: dict[str, Any] = {
-    "methods": ["rout", "topk", "topk", "relu", "route@3"],
-    "k": [4, -8, 4, 2.5],
-    "seeds": [0, 0],
-    "layers": [3, 1],
-    "training_tokens": 40,
-    "batch_size": 64,
-    "buffer_tokens": 2,
-    "lr": "fast",
-    "schedule": "cosine",
-    "scedule": "paper",
-    "options": {"gated": {}},
-    "unscaled": 1,
-}
-
-
-def test_a_wrong_spec_lists_every_mistake_at_once():
-    with pytest.raises(ValueError) as error:
-        SweepConfig.from_dict(MISTAKES)
-    message = str(error.value)
-    assert message.startswith("the sweep has 16 mistakes:")
-    for part in (
-        "unknown setting 'scedule'; known: methods, k,",
-        "unknown method 'rout'; known: route,",
-        "methods holds 'topk' more than once",
-        "'route@3': route reads several layers",
-        "method relu has no sparsity: give sparsities.relu (coefficient of the L1 penalty",
-        "k holds -8; expected an integer, 1 or more",
-        "k holds 2.5; expected an integer",
-        "k holds 4 more than once",
-        "seeds holds 0 more than once",
-        "layers must be strictly increasing, got [3, 1]",
-        "training_tokens = 40 is less than one batch of 64",
-        "buffer_tokens = 2 must hold at least two batches of 64",
-        "lr must be a positive number, got 'fast'",
-        "unknown schedule 'cosine'",
-        "options are given for 'gated', which is not among the methods",
-        "unscaled must be true or false, got 1",
-    ):
-        assert part in message, part
+# --- What it costs, and results that are no numbers -------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("changes", "messages"),
-    [
-        ({"d_sae": 1}, ["route, k = 2: more than d_sae = 1", "topk, k = 4: more than d_sae = 1"]),
-        (
-            {"options": {"route": {"loss": "rmse"}, "topk": {"los": 1}}},
-            ["unknown loss 'rmse'; known: normalized_mse, mse", "unexpected keyword argument 'los'"],
-        ),
-        ({"methods": []}, ["methods is empty"]),
-        ({"methods": "route"}, ["methods must be a list, got 'route'"]),
-        ({"k": []}, ["method route has no sparsity: give sparsities.route or k"]),
-        ({"sparsities": {"relu": [0, 1]}}, ["sparsities.relu holds 0; expected a positive number"]),
-        ({"sparsities": {"relu": [1], "gated": [1]}}, ["sparsities are given for 'gated'"]),
-        ({"options": {"route": 3}}, ["options.route must be a table of config fields"]),
-        ({"training_tokens": None}, ["training_tokens must be an integer, 1 or more; got None"]),
-    ],
+    "methods", [["route", "topk"], ["route", "random", "topk", "mlsae", "relu", "gated"]]
 )
-def test_mistakes_are_found_without_a_model(changes: dict[str, Any], messages: list[str]):
-    with pytest.raises(ValueError, match="the sweep has") as error:
-        SweepConfig.from_dict(CONFIG | changes)
-    for message in messages:
-        assert message in str(error.value)
+def test_training_runs_the_language_model_once_for_any_number_of_members(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, methods: list[str]
+):
+    model, train, embedded = tiny_model(), sweep_module.train, []
+
+    def counting(*args: Any, **options: Any) -> Any:
+        handle = model.embed.register_forward_pre_hook(lambda _, args: embedded.append(args[0].numel()))
+        try:
+            return train(*args, **options)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(sweep_module, "train", counting)
+    sparsities = {name: [0.5] for name in methods if name in ("relu", "gated")}
+    result = run(tmp_path, model=model, methods=methods, sparsities=sparsities, seeds=[0])
+    assert len(result.results) == len(methods)
+    # The probe of 8; then 2 sequences of 16 at a time, of which 30 tokens go into the buffer: 18 forwards for the
+    # 448 that are trained on and the 92 that the buffer of 128 still holds.
+    assert embedded == [8] + 18 * [32]
 
 
-def test_what_needs_the_model_is_listed_at_once_and_before_anything_is_written(tmp_path: Path):
-    changes = {
-        "layers": [1, 7],
-        "context_size": 48,
-        "d_sae": None,
-        "k": [2, 600],
-        "methods": ["route", "topk@9"],
+def test_a_member_whose_evaluation_is_not_finite_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def spoiled(saes: Any, *args: Any, **options: Any) -> Any:
+        evaluations = evaluate_all(saes, *args, **options)
+        return evaluations | {"route-k2-seed0": replace(evaluations["route-k2-seed0"], kl=float("inf"))}
+
+    monkeypatch.setattr(sweep_module, "evaluate_all", spoiled)
+    result = run(tmp_path, methods=["route", "topk"], sparsities={}, seeds=[0])
+    assert {name: record["status"] for name, record in result.results.items()} == {
+        "route-k2-seed0": "not finite",
+        "topk-k2-seed0": "evaluated",
     }
-    with pytest.raises(ValueError) as error:
-        run(tmp_path / "sweep", ids(3, 0), **changes, sparsities={})
-    for part in (
-        "the sweep has 6 mistakes:",
-        "held_out_sequences = 4, but 3 were given",
-        "context_size = 48, but the model reads at most 32 tokens",
-        "route, k = 2: layers must be between 0 and 5, got [1, 7]",
-        "route, k = 600: more than d_sae = 256",
-        "topk@9, k = 2: layers must be between 0 and 5, got [9]",
-        "topk@9, k = 600: more than d_sae = 256",
-    ):
-        assert part in str(error.value)
-    assert not (tmp_path / "sweep").exists()
-
-
-def test_a_config_survives_a_file(tmp_path: Path):
-    config = SweepConfig.from_dict(CONFIG | {"options": {"route": {"loss": "mse"}}})
-    assert SweepConfig.from_dict(config.to_dict()) == config
-    (tmp_path / "sweep.json").write_text(json.dumps(CONFIG))
-    assert SweepConfig.from_file(tmp_path / "sweep.json") == SweepConfig.from_dict(CONFIG)
-    (tmp_path / "sweep.toml").write_text(
-        'methods = ["relu", "topk@2"]\nk = [4]\ntraining_tokens = 9000\n[sparsities]\nrelu = [0.5, 2]\n'
-    )
-    read = SweepConfig.from_file(tmp_path / "sweep.toml")
-    assert [member.name for member in read.members()] == [
-        "relu-l10.5-seed0",
-        "relu-l12-seed0",
-        "topk@2-k4-seed0",
-    ]
-    for name, text, message in (
-        ("a.yaml", "", "expected a .toml or .json file"),
-        ("a.toml", "methods = [", "is no valid TOML"),
-        ("a.json", "[1]", "expected settings by name, got list"),
-    ):
-        (tmp_path / name).write_text(text)
-        with pytest.raises(ValueError, match=message):
-            SweepConfig.from_file(tmp_path / name)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"lr": 1e-3, "k": [3]},
-            r"config.k: there \[2\], now \[3\]\n  config.lr: there 0.0005, now 0.001",
-        ),
-        ({"held_out": ids(4, 2)}, "held_out.sha256: there"),
-        ({"resume": False}, "already holds a sweep"),
-    ],
-)
-def test_an_output_of_another_config_is_refused(whole: Path, changes: dict[str, Any], message: str):
-    before = files(whole)
-    with pytest.raises(FileExistsError, match=message):
-        run(whole, **changes)
-    assert files(whole) == before
-
-
-def test_a_folder_of_something_else_is_refused_and_a_refused_sweep_leaves_none(tmp_path: Path):
-    (tmp_path / "results").mkdir()
-    with pytest.raises(FileExistsError, match="holds results of something else"):
-        run(tmp_path)
-    with pytest.raises(ValueError, match="one training batch needs 4096"):
-        run(tmp_path / "other", training_tokens=4096, batch_size=4096)
-    run(tmp_path / "other", methods=["topk"], k=[2], seeds=[0], sparsities={})  # not "another sweep"
-
-
-def test_a_sweep_that_cannot_fit_is_refused_before_it_starts(tmp_path: Path):
-    with pytest.raises(
-        MemoryError, match=r"the sweep needs 0.0\d GiB .*weights 0.00, moments 0.00.*0.00 GiB are"
-    ):
-        run(tmp_path / "sweep", memory=100_000)
-    assert not (tmp_path / "sweep").exists()
-
-
-def smollm2() -> Any:
-    """A model of SmolLM2-135M's shape, without its weights."""
-    from sae_lens.load_model import HookedProxyLM
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes: dict[str, Any] = {
-        **{"num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49152},
-        **{"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
-    }
-    with torch.device("meta"):
-        model: Any = LlamaForCausalLM(LlamaConfig(**sizes))
-    return HookedProxyLM(model, None, hook_names=[f"model.layers.{i}" for i in range(30)])
-
-
-def test_24_saes_fit_in_24_gib_at_smollm2_size():
-    model = smollm2()
-    coefficients = {name: [1, 2, 3] for name in ("relu", "gated", "jumprelu", "crosscoder_relu")}
-    config = SweepConfig.from_dict(
-        {
-            "methods": ["route", "random", "topk", "crosscoder_topk", *coefficients],
-            **{"k": [16, 32, 64], "sparsities": coefficients, "d_sae": 4608, "training_tokens": 10**6},
-        }
-    )
-    configs = config.sae_configs(model)
-    assert len(configs) == 24
-    estimate = estimate_memory(model, configs, batch_size=2048)
-    routed, crosscoder = 2 * 576 * 4608, 2 * 16 * 576 * 4608
-    assert estimate.weights == pytest.approx(4 * (18 * routed + 6 * crosscoder), rel=0.01)
-    assert estimate.moments == 2 * estimate.weights
-    assert estimate.gradient == pytest.approx(4 * crosscoder, rel=0.01)
-    assert estimate.buffer == 4 * (16 + 1) * 576 * (2 * (8192 + 2048) + 2048)
-    assert 8 * 2**30 < estimate.peak < 12 * 2**30
-
-
-MEASURED = """
-import gc, resource, sys, tempfile, warnings
-import psutil, torch
-warnings.simplefilter("ignore")
-sys.path.insert(0, sys.argv[1])
-import test_sweep
-from routesae_lens.training.sweep import estimate_memory
-torch.set_num_threads(1)
-changes = {"methods": ["route", "topk", "relu"], "k": [2, 4], "sparsities": {"relu": [1]}, "batch_size": 256,
-           "training_tokens": 512}
-test_sweep.run(test_sweep.Path(tempfile.mkdtemp()), **changes, d_sae=16)
-before = psutil.Process().memory_info().rss
-config = test_sweep.SweepConfig.from_dict(test_sweep.CONFIG | changes | {"d_sae": 16384})
-model = test_sweep.tiny_model()
-estimate = estimate_memory(model, config.sae_configs(model), batch_size=256, context_size=16)
-test_sweep.run(test_sweep.Path(tempfile.mkdtemp()), **changes, d_sae=16384)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(estimate.needed, peak - before)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux alone")
-def test_the_estimate_is_what_a_process_takes():
-    # glibc would keep what was freed, in amounts that differ from run to run
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED, str(Path(__file__).parent)],
-        env=environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    estimated, measured = map(int, done.stdout.split())
-    assert estimated > 150 * 2**20
-    assert measured / 1.5 < estimated < measured * 1.5
+    assert result.not_finite == ["route-k2-seed0"]
+    assert result.results["route-k2-seed0"]["kl"] is None

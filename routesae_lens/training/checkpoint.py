@@ -75,7 +75,7 @@ class CheckpointState:
         different = [
             f"{key}: checkpoint {theirs.get(key, 'has none')!r}, now {ours.get(key, 'none')!r}"
             for key in sorted(ours.keys() | theirs.keys())
-            if not _same(key, ours.get(key), theirs.get(key))
+            if not same_setting(key, ours.get(key), theirs.get(key))
         ]
         if different:
             raise ValueError("the checkpoint belongs to another run:\n  " + "\n  ".join(different))
@@ -90,7 +90,8 @@ def flat(tree: dict[str, Any], separator: str = ".", prefix: str = "") -> dict[s
     return result
 
 
-def _same(key: str, a: Any, b: Any) -> bool:
+def same_setting(key: str, a: Any, b: Any) -> bool:
+    """Whether ``a`` and ``b`` are the same value of the setting ``key``, a name joined by :func:`flat`."""
     if key.startswith("probe.") and isinstance(a, float) and isinstance(b, float):
         return abs(a - b) <= 0.01 * max(
             abs(a), abs(b)

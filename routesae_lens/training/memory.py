@@ -1,6 +1,6 @@
 """How much memory training several SAEs at once takes, and whether it is there.
 
-While a sweep trains, it holds (all in bytes, float32)::
+While a sweep trains, it holds (all in bytes; SAEs in float32, ``item`` bytes per number of the model)::
 
     weights     4 x parameters of all SAEs
     moments     8 x parameters of all SAEs                (Adam's two)
@@ -9,8 +9,8 @@ While a sweep trains, it holds (all in bytes, float32)::
                 batch x d_sae and batch x d_in
     outputs     0: SAELens keeps 2 x batch x d_sae x 4 of every member until all have made their step,
                 this package drops them (``members.Member``)
-    buffer      2 x (buffer + one forward) tokens x the widths of all distinct hooks x 4, twice because the
-                buffer is copied when it is filled up; and one batch
+    buffer      2 x (buffer + one forward) tokens x the widths of all distinct hooks x item, twice because
+                the buffer is copied when it is filled up; and one batch
     forward     of the language model
     model       the language model itself, already there
 
@@ -38,8 +38,6 @@ from routesae_lens.saes.fast_topk import FastTopK
 DENSE_STEP, FAST_STEP = 8, 2
 """Tensors of batch x d_sae that a step holds at once (measured): pre-activations, latents, what fired, and
 their gradients; the TopK step of ``saes/fast_topk.py`` has the first alone."""
-EVERY_LAYER = ("every", "distilled", "oracle")
-"""Routing rules whose step encodes all layers."""
 STACK_TENSORS = 6
 """Tensors of batch x d_in likewise: the batch, standardised, reconstructed, errors, gradients."""
 EVALUATED = 4
@@ -167,8 +165,8 @@ def _step(cfg: TrainingSAEConfig, batch_size: int) -> int:
         and getattr(cfg, "aux_loss_coefficient", 0) == 0
         and torch.device(cfg.device).type == "cpu"
     )
-    # every layer of a token is encoded where all are trained on, or compared
-    rows = batch_size * (getattr(cfg, "n_layers", 1) if getattr(cfg, "routing", "") in EVERY_LAYER else 1)
+    # Rules that only compare the layers (distilled, oracle) encode them one after the other.
+    rows = batch_size * (getattr(cfg, "n_layers", 1) if getattr(cfg, "routing", "") == "every" else 1)
     latents = (FAST_STEP if fast else DENSE_STEP) * cfg.d_sae
     return 4 * (rows * latents + batch_size * STACK_TENSORS * cfg.d_in)
 

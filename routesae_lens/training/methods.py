@@ -11,9 +11,11 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from sae_lens import TopKTrainingSAEConfig
+from sae_lens.constants import DTYPE_MAP
 from sae_lens.saes.sae import TrainingSAEConfig
 
 from routesae_lens.backends import backend_of
@@ -33,6 +35,12 @@ SPARSITIES = {
 }
 """What the sparsity number of a method can be."""
 
+SET_ELSEWHERE = {
+    **dict.fromkeys(("d_in", "device", "metadata"), "the model"),
+    **{"layers": "the layers", "d_sae": "d_sae", "routing": "the method", "route_seed": "the seed"},
+}
+"""Config fields that no option may set, and what does. (A rule of the router is what a method is named for.)"""
+
 
 class Method(NamedTuple):
     make: MakeConfig
@@ -44,6 +52,10 @@ class Method(NamedTuple):
     """Its config has SAELens' ``aux_loss_coefficient``."""
     needs_model: bool = False
     """``make`` cannot take None for the model, as a sweep does to find mistakes before it is loaded."""
+    config: type[TrainingSAEConfig] | None = None
+    """What ``make`` makes. Options are checked against its fields; None leaves that to ``make``."""
+    sets: Mapping[str, str] = {}
+    """Further fields that no option may set, and what does, see :data:`SET_ELSEWHERE`."""
 
 
 def _stacked(
@@ -90,17 +102,25 @@ def _plain_topk(
     return cfg
 
 
+def _sets(sparsity_field: str, *fields_of_the_method: str) -> dict[str, str]:
+    return {sparsity_field: "the sparsity"} | dict.fromkeys(fields_of_the_method, "the method")
+
+
 def _route(**given: Any) -> Method:
-    return Method(partial(_stacked, ROUTE_ARCHITECTURES["route_topk"], "k", **given))
+    config: Any = ROUTE_ARCHITECTURES["route_topk"]
+    return Method(partial(_stacked, config, "k", **given), config=config, sets=_sets("k", *given))
 
 
 def _single(architecture: str, sparsity_field: str, **about: Any) -> Method:
-    make = partial(_on_one_layer, partial(_stacked, ROUTE_ARCHITECTURES[architecture], sparsity_field))
-    return Method(make, one_layer=True, **about)
+    config: Any = ROUTE_ARCHITECTURES[architecture]
+    make = partial(_on_one_layer, partial(_stacked, config, sparsity_field))
+    return Method(make, one_layer=True, config=config, sets=_sets(sparsity_field), **about)
 
 
 def _crosscoder(architecture: str, sparsity_field: str, **about: Any) -> Method:
-    return Method(partial(_stacked, CROSSCODER_ARCHITECTURES[architecture], sparsity_field), **about)
+    config: Any = CROSSCODER_ARCHITECTURES[architecture]
+    make = partial(_stacked, config, sparsity_field)
+    return Method(make, config=config, sets=_sets(sparsity_field), **about)
 
 
 METHODS: dict[str, Method] = {
@@ -126,7 +146,7 @@ METHODS: dict[str, Method] = {
     "relu": _single("route_standard", "l1_coefficient", sparsity="l1", auxiliary=False),
     "gated": _single("route_gated", "l1_coefficient", sparsity="l1", auxiliary=False),
     "jumprelu": _single("route_jumprelu", "l0_coefficient", sparsity="l0", auxiliary=False),
-    "plain_topk": Method(_plain_topk, one_layer=True),
+    "plain_topk": Method(_plain_topk, one_layer=True, config=TopKTrainingSAEConfig, sets=_sets("k")),
     "mlsae": _route(routing="every"),
     # One code for all layers together
     "crosscoder_topk": _crosscoder("crosscoder_topk", "k"),
@@ -178,8 +198,52 @@ def make_config(
         seed: of random routing. (Weights are seeded by ``train``.)
         aux_loss_coefficient: of methods that have one; the paper trains without.
         given: further fields of the config.
+
+    Raises:
+        ValueError: no such method, fields that it does not have or that its name, sparsity or seed sets, or
+            values that cannot be.
     """
     method, block = find_method(name, methods)
+    if problems := option_problems(method, given):
+        raise ValueError("; ".join(problems))
     if method.auxiliary:
         given = {"aux_loss_coefficient": aux_loss_coefficient, **given}
     return method.make(model, layers if block is None else [block], d_sae, sparsity, seed, **given)
+
+
+def option_problems(method: Method, options: Mapping[str, Any]) -> list[str]:
+    """Every field of ``options`` that ``method`` does not take, and every value of a wrong type."""
+    elsewhere = SET_ELSEWHERE | dict(method.sets)
+    known: dict[str, Any] = {}
+    if method.config is not None:
+        hints = get_type_hints(method.config)
+        known = {field.name: hints[field.name] for field in fields(method.config)}
+    found = []
+    if known and (unknown := [name for name in options if name not in known and name not in elsewhere]):
+        takes = ", ".join(sorted(known.keys() - elsewhere))
+        found.append(f"there is no field {', '.join(unknown)}; fields: {takes}")
+    for name, value in options.items():
+        if name in elsewhere:
+            found.append(f"{name} is set by {elsewhere[name]}, it cannot be an option")
+        elif name == "dtype" and value not in list(DTYPE_MAP):
+            found.append(f"unknown dtype {value!r}; known: {', '.join(DTYPE_MAP)}")
+        elif name in known and get_origin(known[name]) is Literal and value not in get_args(known[name]):
+            found.append(f"unknown {name} {value!r}; known: {', '.join(map(str, get_args(known[name])))}")
+        elif name in known and not _fits(value, known[name]):
+            expected = getattr(known[name], "__name__", None) if isinstance(known[name], type) else None
+            found.append(f"{name} must be {expected or known[name]}, got {value!r}")
+    return found
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether ``value`` is what a config's field says; an int may stand for a float, as in a TOML file."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in args)
+    if origin is Literal:
+        return value in args
+    if origin is list:
+        return isinstance(value, list | tuple) and all(_fits(one, args[0]) for one in value)
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return isinstance(value, hint) if isinstance(hint, type) else True

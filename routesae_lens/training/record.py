@@ -69,6 +69,17 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_record(output: Path) -> dict[str, Any]:
-    """``run.json`` of ``output``; empty where there is none."""
+    """``run.json`` of ``output``; empty where there is none. Raises ValueError where it is damaged."""
     path = output / RUN_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_object(path) if path.exists() else {}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds values by name. Raises ValueError with the path where it does not."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: expected values by name, got {type(values).__name__}")
+    return values

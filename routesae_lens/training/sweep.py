@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import gc
-import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -20,24 +19,32 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from jaxtyping import Int
 from sae_lens import SAE
-from sae_lens.saes.sae import TrainingSAEConfig
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from routesae_lens.analysis.evaluate import evaluate_all
 from routesae_lens.analysis.stream import check_tokens
-from routesae_lens.backends import backend_of
 from routesae_lens.saes.route_sae import with_routing
 from routesae_lens.training.checkpoint import flat
+from routesae_lens.training.data import load_text
 from routesae_lens.training.log import plain
 from routesae_lens.training.memory import available_memory, check_memory, estimate_memory
 from routesae_lens.training.methods import METHODS, Method
-from routesae_lens.training.record import read_record, versions, write_whole
+from routesae_lens.training.record import read_object, read_record, versions, write_whole
 from routesae_lens.training.schedules import windows
 from routesae_lens.training.sweep_config import SweepConfig, SweepMember
-from routesae_lens.training.train import model_name, train
+from routesae_lens.training.sweep_identity import (
+    SWEEP_FILE,
+    about_sweep,
+    check_same_sweep,
+    identity_of,
+    read_sheet,
+)
+from routesae_lens.training.train import train
 
-SWEEP_FILE, CSV_FILE, TRAINING, RESULTS = "sweep.json", "results.csv", "training", "results"
+CSV_FILE, TRAINING, RESULTS = "results.csv", "training", "results"
+NOT_FINITE = "not finite"
+"""Status of a member whose evaluation gave NaN or infinity."""
 NORM_ESTIMATE_BATCHES = 10
 """SAELens holds them all at once, of every hook, while it estimates the input scale of a plain SAE."""
 
@@ -63,15 +70,21 @@ class SweepResult:
 
         Raises:
             FileNotFoundError: no sweep there.
+            ValueError: a damaged file.
         """
         output = Path(output)
-        about = json.loads((output / SWEEP_FILE).read_text(encoding="utf-8"))
-        config = about["about"]["config"]
+        sheet = read_sheet(output)
+        try:
+            members = tuple(SweepMember(**one) for one in sheet["members"])
+            config = sheet["about"]["config"]
+            training_tokens = config["training_tokens"] // config["batch_size"] * config["batch_size"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{output / SWEEP_FILE} is damaged: {type(error).__name__}: {error}") from error
         return cls(
             output=output,
-            members=tuple(SweepMember(**one) for one in about["members"]),
-            identity=about["identity"],
-            training_tokens=config["training_tokens"] // config["batch_size"] * config["batch_size"],
+            members=members,
+            identity=sheet["identity"],
+            training_tokens=training_tokens,
             diverged=read_record(output / TRAINING).get("diverged", {}),
         )
 
@@ -90,6 +103,11 @@ class SweepResult:
         """What ``results/<member>.json`` hold so far, by member."""
         return self.records(RESULTS)
 
+    @property
+    def not_finite(self) -> list[str]:
+        """Members whose evaluation gave NaN or infinity."""
+        return [name for name, record in self.results.items() if record["status"] == NOT_FINITE]
+
     def load(self, name: str, device: str = "cpu") -> SAE[Any]:
         """The inference SAE of a member.
 
@@ -103,16 +121,25 @@ class SweepResult:
         return sae
 
     def records(self, kind: str) -> dict[str, dict[str, Any]]:
-        """The files of one :meth:`measure`, by member, in the members' order."""
+        """The files of one :meth:`measure`, by member, in the members' order.
+
+        Raises:
+            ValueError: a damaged file.
+        """
         paths = {member.name: self.output / kind / f"{member.name}.json" for member in self.members}
-        return {name: json.loads(path.read_text("utf-8")) for name, path in paths.items() if path.exists()}
+        records = {name: read_object(path) for name, path in paths.items() if path.exists()}
+        for name, record in records.items():
+            if missing := {"name", "status"} - record.keys():
+                raise ValueError(f"{paths[name]} is damaged: it lacks {', '.join(sorted(missing))}")
+        return records
 
     def measure(
         self, kind: str, measure: Measure, *, group_size: int = 6, device: str = "cpu", progress: bool = True
     ) -> dict[str, dict[str, Any]]:
         """Measure all members in groups that share one pass; those already measured are not measured again.
 
-        Writes ``<output>/<kind>/<member>.json`` after each group. Members that diverged are left out.
+        Writes ``<output>/<kind>/<member>.json`` after each group. Members that diverged are left out; where the
+        KL is not finite, the status says so.
 
         Args:
             kind: name of the folder, for instance "features".
@@ -140,7 +167,9 @@ class SweepResult:
                 if missing := [member.name for member in group if member.name not in measured]:
                     raise ValueError(f"nothing was measured of {', '.join(missing)}")
                 for member in group:
-                    self._write(kind, member, {"status": "evaluated"} | dict(measured[member.name]))
+                    values = plain(measured[member.name])
+                    status = NOT_FINITE if values.get("kl", 0) is None else "evaluated"  # (JSON has no NaN)
+                    self._write(kind, member, {"status": status} | values)
                 bar.update(len(group))
                 self._write_csv()
         return self.records(kind)
@@ -211,7 +240,8 @@ def sweep(
             ``save_buffer``, ``prefetch``.
 
     Raises:
-        ValueError: listing every mistake of ``config``, before anything is written.
+        ValueError: listing every mistake of ``config``, before anything is written; a text that cannot be
+            read, or a damaged file in ``output``.
         FileExistsError: ``output`` holds another sweep; the settings that differ are listed.
         MemoryError: the sweep will not fit; all parts are listed.
         FloatingPointError: all members diverged.
@@ -228,10 +258,12 @@ def sweep(
         wrong.append(f"held_out_sequences = {config.held_out_sequences}, but {len(held_out)} were given")
     configs = config.sae_configs(model, methods, more_problems=wrong)
     output, device = Path(output), str(next(model.parameters()).device)
-    about = _about(model, config, configs, held_out)
-    _check_output(output, about, resume)
+    about = about_sweep(model, config, configs, load_text(dataset), held_out)
+    known = _check_output(output, about, resume)
+    # What is known stays as it was measured; a folder written before a part was recorded gets it now.
+    about |= known.get("about", {})
+    identity = known.get("identity") or identity_of(about)
     members = config.members(methods)
-    identity = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     if read_record(output / TRAINING).get("status") != "finished":
         sizes: dict[str, Any] = {
             name: getattr(config, name)
@@ -295,31 +327,11 @@ def sweep(
     return result
 
 
-def _about(
-    model: Any, config: SweepConfig, configs: Mapping[str, TrainingSAEConfig], held_out: Tensor
-) -> dict[str, Any]:
-    """Everything that decides the numbers, as JSON holds it. (The training checks its text by itself.)"""
-    backend = backend_of(model)
-    saes = {
-        name: {key: value for key, value in cfg.to_dict().items() if key not in ("metadata", "device")}
-        for name, cfg in configs.items()
-    }
-    about = {
-        "config": config.to_dict(),
-        "model": {"name": model_name(model), "layers": backend.n_layers, "d_model": backend.d_model},
-        "held_out": {
-            "sequences": held_out.shape[0],
-            "positions": held_out.shape[1],
-            "sha256": hashlib.sha256(held_out.cpu().long().numpy().tobytes()).hexdigest(),
-        },
-        "saes": saes,
-    }
-    plain_about: dict[str, Any] = json.loads(json.dumps(about, default=str))
-    return plain_about
+def _check_output(output: Path, about: dict[str, Any], resume: bool) -> dict[str, Any]:
+    """``sweep.json`` of ``output``, empty where there is none.
 
-
-def _check_output(output: Path, about: dict[str, Any], resume: bool) -> None:
-    """Raises FileExistsError where ``output`` holds another sweep, or one that is not to be continued."""
+    Raises FileExistsError where ``output`` holds another sweep, or one that is not to be continued.
+    """
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output} is a file; expected a folder")
     if not (output / SWEEP_FILE).exists():
@@ -327,22 +339,12 @@ def _check_output(output: Path, about: dict[str, Any], resume: bool) -> None:
             raise FileExistsError(
                 f"{output} holds {', '.join(there)} of something else; choose another folder"
             )
-        return
+        return {}
     if not resume:
         raise FileExistsError(f"{output} already holds a sweep: resume it, or choose another folder")
-    known = json.loads((output / SWEEP_FILE).read_text(encoding="utf-8"))["about"]
-    for part in ("config", "model", "held_out", "saes"):  # what one sets comes before what follows from it
-        here, theirs = flat(about[part]), flat(known[part])
-        different = [
-            f"{part}.{key}: there {theirs.get(key, 'none')!r}, now {here.get(key, 'none')!r}"
-            for key in [*theirs, *(key for key in here if key not in theirs)]
-            if here.get(key, "none") != theirs.get(key, "none")
-        ]
-        if different:
-            raise FileExistsError(
-                f"{output} holds another sweep; choose another folder, or the same settings:\n  "
-                + "\n  ".join(different)
-            )
+    sheet = read_sheet(output)
+    check_same_sweep(output, about, sheet["about"])
+    return sheet
 
 
 def _groups(members: list[SweepMember], size: int) -> Iterator[list[SweepMember]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -14,7 +14,14 @@ from sae_lens.saes.sae import TrainingSAEConfig
 
 from routesae_lens.backends import backend_of
 from routesae_lens.hook_points import default_layers
-from routesae_lens.training.methods import METHODS, SPARSITIES, Method, find_method, make_config
+from routesae_lens.training.methods import (
+    METHODS,
+    SPARSITIES,
+    Method,
+    find_method,
+    make_config,
+    option_problems,
+)
 from routesae_lens.training.preflight import context_limit
 from routesae_lens.training.schedules import SCHEDULES
 
@@ -47,7 +54,8 @@ class SweepConfig:
         d_sae: number of latents; by default ``expansion`` x d_model.
         expansion: see ``d_sae``.
         options: further fields of the SAEs' configs by method, for instance
-            ``{"route": {"loss": "mse"}}``. A method with ``@`` takes those of its base, too.
+            ``{"route": {"loss": "mse"}}``. A method with ``@`` takes those of its base, too. What the
+            method's name, the sparsity or the seed sets is no option.
         aux_loss_coefficient: of methods with a k; the paper trains without.
         training_tokens, context_size, batch_size, lm_batch_size, buffer_tokens, lr, schedule,
             unit_norm_every, exclude_special_tokens, exclude_first_position: see ``train``.
@@ -132,9 +140,8 @@ class SweepConfig:
             kind = find_method(name, methods)[0].sparsity
             for sparsity in self.sparsities_of(name, kind):
                 for seed in self.seeds:
-                    result.append(
-                        SweepMember(f"{name}-{kind}{sparsity:g}-seed{seed}", name, kind, sparsity, seed)
-                    )
+                    label = f"{name}-{kind}{_short(sparsity)}-seed{seed}"
+                    result.append(SweepMember(label, name, kind, sparsity, seed))
         return result
 
     def sparsities_of(self, name: str, kind: str) -> tuple[int | float, ...]:
@@ -159,7 +166,7 @@ class SweepConfig:
         def fine(*names: str) -> bool:
             return wrong.keys().isdisjoint(names)
 
-        if self.schedule not in SCHEDULES:
+        if self.schedule not in list(SCHEDULES):  # (a list compares what cannot be hashed, too)
             found.append(f"unknown schedule {self.schedule!r}; known: {', '.join(SCHEDULES)}")
         if fine("training_tokens", "batch_size") and self.training_tokens < self.batch_size:
             found.append(
@@ -173,40 +180,51 @@ class SweepConfig:
             found.append(
                 f"buffer_tokens = {self.buffer_tokens} must hold at least two batches of {self.batch_size} tokens"
             )
-        of_methods = self._method_problems(methods)
-        used = ("methods", "k", "sparsities", "seeds", "layers", "d_sae", "options", "aux_loss_coefficient")
-        if fine(*used) and not of_methods:
-            of_methods = self._configs(None, methods)[1]
-        return found + of_methods
+        of_methods, sound = self._method_problems(methods)
+        # What the configs of the sound methods say, with a default in place of each setting that is wrong.
+        defaults = asdict(SweepConfig(methods=(), training_tokens=1, seeds=(0,)))
+        trial = object.__new__(SweepConfig)
+        vars(trial).update(vars(self) | {name: defaults[name] for name in wrong} | {"methods": sound})
+        return found + of_methods + trial._configs(None, methods)[1]
 
-    def _method_problems(self, methods: Mapping[str, Method]) -> list[str]:
-        """Unknown methods, methods without sparsities, and tables for methods that are not there."""
-        found = []
+    def _method_problems(self, methods: Mapping[str, Method]) -> tuple[list[str], tuple[str, ...]]:
+        """Unknown methods, methods without sparsities, options that a method does not take, and tables for
+        methods that are not there; and the names of the methods with which nothing is wrong."""
+        found: dict[str, None] = {}  # (methods with @ share the options of their base)
+        sound = []
         listed = self.methods if isinstance(self.methods, tuple | list) else ()
-        names = [name for name in dict.fromkeys(listed) if isinstance(name, str)]
+        names = list(dict.fromkeys(name for name in listed if isinstance(name, str)))
         bases = {name.partition("@")[0] for name in names}
         for where, known in (("sparsities", {*names}), ("options", {*names, *bases})):
             table = getattr(self, where)
             for name in table if isinstance(table, dict) else ():
                 if name not in known:
-                    found.append(f"{where} are given for {name!r}, which is not among the methods")
+                    found[f"{where} are given for {name!r}, which is not among the methods"] = None
         for name in names:
             try:
-                kind = find_method(name, methods)[0].sparsity
+                method = find_method(name, methods)[0]
             except ValueError as error:
-                found.append(str(error))
+                found[str(error)] = None
                 continue
-            if not isinstance(self.sparsities, dict):
-                continue
-            if not self.sparsities_of(name, kind):
-                needed = f"sparsities.{name}" + (
-                    " or k" if kind == "k" else f" ({SPARSITIES[kind]}; k is none)"
-                )
-                found.append(f"method {name} has no sparsity: give {needed}")
-            elif name in self.sparsities:
-                what = int if kind == "k" else float
-                found += _list_problems(f"sparsities.{name}", self.sparsities[name], what)
-        return found
+            wrong = self._sparsity_problems(name, method.sparsity)
+            for table in dict.fromkeys((name.partition("@")[0], name)):
+                options = self.options.get(table, {}) if isinstance(self.options, dict) else {}
+                if isinstance(options, dict):
+                    wrong += [f"options.{table}: {problem}" for problem in option_problems(method, options)]
+            found |= dict.fromkeys(wrong)
+            if not wrong:
+                sound.append(name)
+        return list(found), tuple(sound)
+
+    def _sparsity_problems(self, name: str, kind: str) -> list[str]:
+        if not isinstance(self.sparsities, dict):
+            return []
+        if not self.sparsities_of(name, kind):
+            needed = f"sparsities.{name}" + (" or k" if kind == "k" else f" ({SPARSITIES[kind]}; k is none)")
+            return [f"method {name} has no sparsity: give {needed}"]
+        if name in self.sparsities:
+            return _list_problems(f"sparsities.{name}", self.sparsities[name], int if kind == "k" else float)
+        return []
 
     def sae_configs(
         self, model: Any, methods: Mapping[str, Method] = METHODS, *, more_problems: Iterable[str] = ()
@@ -246,7 +264,7 @@ class SweepConfig:
             given = {"aux_loss_coefficient": self.aux_loss_coefficient} if method.auxiliary else {}
             for table in tables:
                 given |= self.options.get(table, {})
-            label = f"{member.method}, {member.kind} = {member.sparsity:g}"
+            label = f"{member.method}, {member.kind} = {_short(member.sparsity)}"
             if member.kind == "k" and member.sparsity > d_sae:
                 found[f"{label}: more than d_sae = {d_sae}"] = None
                 continue
@@ -264,6 +282,12 @@ class SweepConfig:
             except (ValueError, TypeError) as error:
                 found[f"{label}: {error}"] = None
         return configs, list(found)
+
+
+def _short(number: int | float) -> str:
+    """The shortest text that is this number and no other: 0.5, 1e-05, 1234567."""
+    short = f"{number:g}"  # (six digits)
+    return short if float(short) == number else repr(number)
 
 
 def _tuples(value: Any) -> Any:
@@ -321,7 +345,7 @@ def _list_problems(name: str, values: Any, what: type, minimum: int = 1) -> list
         return [f"{name} is empty"]
     expected, valid = {
         str: ("a name", lambda value: isinstance(value, str)),
-        int: (f"an integer, {minimum} or more", lambda value: _is_integer(value, minimum)),
+        int: (f"an integer, {minimum} or more and below 2**63", lambda value: _is_integer(value, minimum)),
         float: ("a positive number", lambda value: _is_number(value) and value > 0),
     }[what]
     found = [f"{name} holds {value!r}; expected {expected}" for value in values if not valid(value)]
@@ -330,8 +354,10 @@ def _list_problems(name: str, values: Any, what: type, minimum: int = 1) -> list
 
 
 def _is_integer(value: Any, minimum: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+    """Also that it fits PyTorch's sizes and seeds, 64 bits with a sign."""
+    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value < 2**63
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    largest = sys.float_info.max  # neither NaN nor infinite, nor an integer that no float can hold
+    return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest

@@ -1,55 +1,19 @@
-"""``routesae-lens``: the command line."""
+"""``routesae-lens train``."""
 
 from __future__ import annotations
 
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(
-    help="RouteSAE: train and measure multi-layer sparse autoencoders with SAELens and TransformerLens.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+from routesae_lens.cli.shared import DATA, MODEL, RUN, SAE, Counted, one_line_errors
 
 
-@app.callback()
-def main() -> None:
-    """RouteSAE: train and measure multi-layer sparse autoencoders with SAELens and TransformerLens."""
-
-
-@contextmanager
-def one_line_errors(debug: bool) -> Iterator[None]:
-    """Mistakes of the user end in one clear message and exit code 2, failed computations in code 1."""
-    from datasets.exceptions import DatasetsError
-
-    try:
-        yield
-    except FloatingPointError as error:
-        code, shown = 1, error
-    except (ValueError, TypeError, OSError, MemoryError, DatasetsError) as error:
-        code, shown = 2, error  # type: ignore[assignment]
-    else:
-        return
-    if debug:
-        raise shown
-    notes = "".join(f"\n  {note}" for note in getattr(shown, "__notes__", []))
-    typer.secho(f"Error: {shown}{notes}", fg="red", err=True)
-    raise typer.Exit(code)
-
-
-MODEL, SAE, DATA, RUN = "The language model", "The SAE", "The data", "The run"
-"""Headings of the help page."""
-
-
-@app.command()
 def train(
     output: Annotated[Path, typer.Option(help="Folder for the SAE, its log and its checkpoints.")],
     dataset: Annotated[
@@ -99,7 +63,10 @@ def train(
     ] = 32,
     routing: Annotated[
         str,
-        typer.Option(help="hard, soft, random, fixed or straight_through.", rich_help_panel=SAE),
+        typer.Option(
+            help="hard, soft, random, fixed or straight_through; ours: distilled, top2, oracle, every.",
+            rich_help_panel=SAE,
+        ),
     ] = "hard",
     fixed_layer: Annotated[
         int | None, typer.Option(help="The block of routing fixed.", rich_help_panel=SAE)
@@ -267,7 +234,7 @@ def train(
         if eval_sequences and not is_tokenized(held_out):
             for layer in config.layers:
                 layer_hook_name(loaded, layer, site)  # raises where this backend could not splice
-            documents = _Counted(row.get("text") or row.get("problem") for row in held_out)
+            documents = Counted(row.get("text") or row.get("problem") for row in held_out)
             sequences = held_out_tokens(
                 loaded, documents, n_sequences=eval_sequences, context_size=context_size
             )
@@ -311,82 +278,6 @@ def train(
     typer.echo(
         f"{result.paths[architecture]}: {result.steps} steps, {result.tokens} tokens; log: {result.log}"
     )
-
-
-@app.command()
-def sweep(
-    config: Annotated[
-        Path,
-        typer.Argument(help="A .toml or .json file with the fields of SweepConfig: methods, k, seeds ..."),
-    ],
-    output: Annotated[Path, typer.Option(help="Folder of this sweep; the same command continues it.")],
-    dataset: Annotated[
-        str,
-        typer.Option(help='Text: a file, a folder, a hub name, or "demo".', rich_help_panel=DATA),
-    ] = "demo",
-    held_out: Annotated[
-        str | None,
-        typer.Option(
-            help="Text to evaluate on; by default the first documents of --dataset, held out.",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    model: Annotated[
-        str, typer.Option(help='Hugging Face name, local folder, or "demo".', rich_help_panel=MODEL)
-    ] = "demo",
-    backend: Annotated[
-        str, typer.Option(help="huggingface, bridge or hooked.", rich_help_panel=MODEL)
-    ] = "huggingface",
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.", rich_help_panel=MODEL)
-    ] = None,
-    group_size: Annotated[int, typer.Option(help="SAEs evaluated together.", rich_help_panel=RUN)] = 6,
-    memory_gib: Annotated[
-        float | None,
-        typer.Option(help="Memory that may be used; what is free by default.", rich_help_panel=RUN),
-    ] = None,
-    debug: Annotated[bool, typer.Option(help="Show the traceback of errors.", rich_help_panel=RUN)] = False,
-) -> None:
-    """Train and evaluate many SAEs on one pass. Stopped at any point, the same command goes on."""
-    from routesae_lens.analysis.evaluate import held_out_tokens
-    from routesae_lens.models import load_model
-    from routesae_lens.training.data import is_tokenized, load_text
-    from routesae_lens.training.interruption import TrainingInterrupted
-    from routesae_lens.training.sweep import sweep as run
-    from routesae_lens.training.sweep_config import SweepConfig
-
-    with one_line_errors(debug):
-        spec = SweepConfig.from_file(config)
-        text = load_text(dataset)
-        other = text if held_out is None else load_text(held_out)
-        if is_tokenized(other):
-            raise ValueError("the text to evaluate on holds token ids; expected text: give --held-out")
-        loaded = load_model(model, backend=backend, device=device)
-        documents = _Counted(row.get("text") or row.get("problem") for row in other)
-        tokens = held_out_tokens(
-            loaded, documents, n_sequences=spec.held_out_sequences, context_size=spec.context_size
-        )
-        if held_out is None:
-            text = text.skip(documents.count)
-        limit = None if memory_gib is None else int(memory_gib * 2**30)
-        try:
-            result = run(loaded, spec, text, tokens, output, group_size=group_size, memory=limit)
-        except TrainingInterrupted as stop:
-            typer.echo(f"{stop}; checkpoint: {stop.checkpoint}\nThe same command goes on.", err=True)
-            raise typer.Exit(130) from None
-    typer.echo(f"{result.csv}: {len(result.results)} SAEs, {len(result.diverged)} of them diverged")
-
-
-class _Counted(Iterator[str]):
-    """``texts``, and how many of them were taken."""
-
-    def __init__(self, texts: Iterator[str]):
-        self.texts, self.count = texts, 0
-
-    def __next__(self) -> str:
-        text = next(self.texts)
-        self.count += 1
-        return text
 
 
 def _parse_options(pairs: list[str]) -> dict[str, Any]:

@@ -1,0 +1,107 @@
+"""How much memory a sweep takes, and that it is refused where there is less."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sweeps import run
+
+from routesae_lens.training.memory import estimate_memory
+from routesae_lens.training.methods import make_config
+from routesae_lens.training.sweep_config import SweepConfig
+
+
+def test_a_sweep_that_cannot_fit_is_refused_before_it_starts(tmp_path: Path):
+    with pytest.raises(
+        MemoryError, match=r"the sweep needs 0.0\d GiB .*weights 0.00, moments 0.00.*0.00 GiB are"
+    ):
+        run(tmp_path / "sweep", memory=100_000)
+    assert not (tmp_path / "sweep").exists()
+
+
+def smollm2() -> Any:
+    """A model of SmolLM2-135M's shape, without its weights."""
+    from sae_lens.load_model import HookedProxyLM
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes: dict[str, Any] = {
+        **{"num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49152},
+        **{"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    }
+    with torch.device("meta"):
+        model: Any = LlamaForCausalLM(LlamaConfig(**sizes))
+    return HookedProxyLM(model, None, hook_names=[f"model.layers.{i}" for i in range(30)])
+
+
+def test_24_saes_fit_in_24_gib_at_smollm2_size():
+    model = smollm2()
+    coefficients = {name: [1, 2, 3] for name in ("relu", "gated", "jumprelu", "crosscoder_relu")}
+    config = SweepConfig.from_dict(
+        {
+            "methods": ["route", "random", "topk", "crosscoder_topk", *coefficients],
+            **{"k": [16, 32, 64], "sparsities": coefficients, "d_sae": 4608, "training_tokens": 10**6},
+        }
+    )
+    configs = config.sae_configs(model)
+    assert len(configs) == 24
+    estimate = estimate_memory(model, configs, batch_size=2048)
+    routed, crosscoder = 2 * 576 * 4608, 2 * 16 * 576 * 4608
+    assert estimate.weights == pytest.approx(4 * (18 * routed + 6 * crosscoder), rel=0.01)
+    assert estimate.moments == 2 * estimate.weights
+    assert estimate.gradient == pytest.approx(4 * crosscoder, rel=0.01)
+    assert estimate.buffer == 4 * (16 + 1) * 576 * (2 * (8192 + 2048) + 2048)
+    assert 8 * 2**30 < estimate.peak < 12 * 2**30
+
+
+def test_only_the_rule_that_trains_on_every_layer_multiplies_the_step(tiny_hooked: Any):
+    def step(method: str) -> int:
+        config = make_config(method, tiny_hooked, [1, 2, 4], 4096, 4, 0)
+        return estimate_memory(tiny_hooked, {method: config}, batch_size=512).step
+
+    stack = 4 * 512 * 6 * 3 * 32  # six tensors of batch x d_in
+    one_layer = 4 * 512 * 2 * 4096  # two of batch x d_sae
+    assert step("route") == step("distilled") == step("oracle") == one_layer + stack
+    assert step("mlsae") == 3 * one_layer + stack
+
+
+MEASURED = """
+import resource, sys, tempfile, warnings
+from pathlib import Path
+import psutil, torch
+warnings.simplefilter("ignore")
+sys.path.insert(0, sys.argv[1])
+import sweeps
+from routesae_lens.training.memory import estimate_memory
+from routesae_lens.training.sweep_config import SweepConfig
+torch.set_num_threads(1)
+changes = {"methods": ["route", "topk", "relu", "distilled"], "k": [2, 4], "sparsities": {"relu": [1]},
+           "batch_size": 256, "training_tokens": 512}
+sweeps.run(Path(tempfile.mkdtemp()), **changes, d_sae=16)
+before = psutil.Process().memory_info().rss
+config = SweepConfig.from_dict(sweeps.CONFIG | changes | {"d_sae": 16384})
+model = sweeps.tiny_model()
+estimate = estimate_memory(model, config.sae_configs(model), batch_size=256, context_size=16)
+sweeps.run(Path(tempfile.mkdtemp()), **changes, d_sae=16384)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(estimate.needed, peak - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux alone")
+def test_the_estimate_is_what_a_process_takes():
+    # glibc would keep what was freed, in amounts that differ from run to run
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(Path(__file__).parent)],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    estimated, measured = map(int, done.stdout.split())
+    assert estimated > 150 * 2**20
+    assert measured / 1.5 < estimated < measured * 1.5
