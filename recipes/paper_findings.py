@@ -39,10 +39,17 @@ class Findings:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file, whole or not at all. (The package's own is not public.)"""
     partial = path.with_name(f".{path.name}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def plain_name(source: str) -> str:
+    """Of a data set or model: a file's or folder's name, not where it lies on this machine; hub names as they are."""
+    path = Path(source)
+    local = path.is_absolute() or path.exists() or source.startswith((".", "~")) or len(path.parts) > 2
+    return path.name if local else source
 
 
 def gather(output: Path) -> Findings:
@@ -125,10 +132,14 @@ def _records(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _training_weights(log: Path) -> dict[str, dict[int, tuple[float, float]]]:
-    """By SAE and block: mean p and share of tokens, averaged over the logged steps of training."""
+    """By SAE and block: mean p and share of tokens, averaged over the logged steps of training.
+
+    ``rl.training_shares`` has the shares alone, of one SAE at a time; this reads a long log once, for all of them.
+    """
     pattern = re.compile(r"(.+)/metrics/layer_(weight|share)/(\d+)")
     sums: dict[tuple[str, str, int], list[float]] = {}
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    # (what follows the last newline is not finished)
+    lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.exists() else []
     for line in lines:
         for key, value in json.loads(line).items():
             if (match := pattern.fullmatch(key)) and isinstance(value, float | int) and math.isfinite(value):

@@ -18,7 +18,8 @@ import paper_claims
 import paper_plots
 import paper_tables as tables
 from matplotlib import pyplot as plt
-from paper_findings import Findings, gather, write_whole
+from paper_findings import Findings, gather, plain_name, write_whole
+from paper_presets import OWN
 from paper_tables import escaped, markdown
 from paper_verdicts import NO_DIFFERENCE, OPPOSITE, REPRODUCED
 
@@ -29,7 +30,7 @@ class Report:
     claims: pd.DataFrame
 
     def summary(self) -> str:
-        of_paper = self.claims[self.claims["where"] != "this project"]
+        of_paper = self.claims[self.claims["where"] != OWN]
         verdicts = of_paper["verdict"].str.partition(":")[0].value_counts()
         return "Claims: " + ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
 
@@ -56,10 +57,12 @@ def write_report(output: Path, svg: bool = False) -> Report:
     }
     for name, table in numbers.items():
         write_whole(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
-    write_whole(folder / "settings.json", json.dumps(found.settings, indent=1))
+    settings = {key: plain_name(one) if isinstance(one, str) else one for key, one in found.settings.items()}
+    write_whole(folder / "settings.json", json.dumps(settings, indent=1))
     pictures = _draw(found, folder, svg)
     sections = [
         _what_was_run(found),
+        tables.in_short(found, claims),
         tables.main_results(found),
         _pictures(pictures),
         tables.tables_2_and_3(found),
@@ -138,17 +141,12 @@ def _what_was_run(found: Findings) -> str:
     versions = {name: v for sweep in found.sweeps.values() for name, v in sweep.get("versions", {}).items()}
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
     text += markdown(["", ""], [(name, escaped(value)) for name, value in rows])
-    failed = found.runs[found.runs["status"].astype(str).str.startswith("diverged")]
+    failed = found.runs[~found.runs["status"].isin(("evaluated",))]
     if len(failed):
         pairs = zip(failed["name"], failed["status"], strict=True)
         names = ", ".join(f"{escaped(name)} ({escaped(status)})" for name, status in pairs)
         text += f"\n\n**Without numbers, and left out of everything below:** {names}."
     return text
-
-
-def _name(source: Any) -> str:
-    """Of a data set: a file's name without where it lies on this machine; hub names as they are."""
-    return Path(str(source)).name if Path(str(source)).exists() else str(source)
 
 
 def _settings(found: Findings) -> list[tuple[str, str]]:
@@ -157,8 +155,8 @@ def _settings(found: Findings) -> list[tuple[str, str]]:
     rows = [
         ("preset", str(settings.get("preset", ""))),
         ("parts in this report", ", ".join(found.sweeps) or "none"),
-        ("training text", _name(settings.get("dataset"))),
-        ("held-out text", _name(settings["eval_dataset"]) if settings.get("eval_dataset") else own),
+        ("training text", plain_name(str(settings.get("dataset")))),
+        ("held-out text", plain_name(settings["eval_dataset"]) if settings.get("eval_dataset") else own),
     ]
     if not sweeps:
         return rows
@@ -174,7 +172,7 @@ def _settings(found: Findings) -> list[tuple[str, str]]:
     every = config["unit_norm_every"]
     return [
         *rows,
-        ("model", f"{Path(model['name']).name}, {model['layers']} blocks, d_model {model['d_model']}"),
+        ("model", f"{plain_name(model['name'])}, {model['layers']} blocks, d_model {model['d_model']}"),
         ("routed blocks", f"{layers[0]} to {layers[-1]} ({len(layers)})"),
         ("width", f"{config['d_sae']:,}"),
         (
@@ -241,14 +239,15 @@ def _pictures(pictures: Mapping[str, str]) -> str:
 
 def _claims(claims: pd.DataFrame) -> str:
     rules = "\n".join(f"- {escaped(rule)}" for rule in dict.fromkeys(claims["rule"]) if rule)
-    ours = claims["where"] == "this project"
+    ours = claims["where"] == OWN
     return (
         "## Every claim\n\n"
         "Claimed KL values are sums over sequences of 512 tokens, ours are nats per token; orderings compare. "
         "Difference: by sparsity, the mean of the differences within each seed (the first measured method minus the "
         "second; the second times the factor where the claim says far; relative where the claim is) ± half of their "
         "95 % interval (t distribution), and the number of seeds n. Methods whose sparsity is a coefficient are "
-        "compared at equal L0, interpolated in ln L0. A claim is reproduced where, by the rule of its row in "
+        "compared at equal L0, interpolated in ln L0; SAEs whose L0 lies outside the other method's range are left "
+        "out, and their number is given. A claim is reproduced where, by the rule of its row in "
         f"claims.csv:\n\n{rules}\n\n"
         "It is opposite where the same holds the other way, and otherwise there is no difference to be seen. "
         "The sparsities are not independent of each other: all SAEs see the same tokens.\n\n"

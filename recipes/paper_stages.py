@@ -10,7 +10,7 @@ import resource
 import statistics
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +25,37 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import routesae_lens as rl
+
+
+def sweep_config(preset: Preset, part: str, layers: Sequence[int], d_sae: int) -> rl.SweepConfig:
+    """The sweep that is one part of a study; it is not checked."""
+    methods = tuple(
+        one
+        for name in PARTS[part]
+        for one in ([f"topk@{layer}" for layer in layers] if name == "topk@*" else [name])
+    )
+    return rl.SweepConfig(
+        methods=methods,
+        k=chosen(preset.part_k.get(part, "all"), preset.k),
+        sparsities={m: preset.coefficients[m] for m in methods if m in preset.coefficients},
+        seeds=chosen(preset.part_seeds.get(part, "all"), tuple(range(preset.seeds))),
+        layers=tuple(layers),
+        d_sae=d_sae,
+        options={name: table for name, table in preset.options.items() if name in methods},
+        training_tokens=preset.tokens,
+        context_size=preset.context_size,
+        batch_size=preset.batch_size,
+        lm_batch_size=preset.lm_batch_size,
+        lr=preset.lr,
+        schedule="paper",
+        unit_norm_every=10,
+        held_out_sequences=_sequences(preset, preset.kl_tokens),
+        eval_batch_size=preset.eval_batch_size,
+    )
+
+
+def _sequences(preset: Preset, tokens: int) -> int:
+    return -(-tokens // max(1, preset.context_size - 1))  # position 0 does not count
 
 
 class Study:
@@ -52,7 +83,7 @@ class Study:
         if path.exists():
             return json.loads(path.read_text())
         backend = rl.backend_of(self.model)
-        layers = list(preset.layers or rl.default_layers(backend.n_layers))
+        layers = list(rl.default_layers(backend.n_layers) if preset.layers is None else preset.layers)
         source = self.text if self.eval_dataset is None else rl.load_text(self.eval_dataset)
         if "text" not in next(iter(source)):
             raise typer.BadParameter("the data has no column 'text'")
@@ -65,7 +96,7 @@ class Study:
         about = {
             "layers": layers,
             "d_model": backend.d_model,
-            "d_sae": preset.d_sae or preset.expansion * backend.d_model,
+            "d_sae": preset.expansion * backend.d_model if preset.d_sae is None else preset.d_sae,
             "held_out_documents": documents.count,
             "documents_skipped_in_training": skipped,
             "tokens_per_epoch": per_epoch,
@@ -75,7 +106,7 @@ class Study:
         return about
 
     def sequences(self, tokens: int) -> int:
-        return -(-tokens // (self.preset.context_size - 1))  # position 0 does not count
+        return _sequences(self.preset, tokens)
 
     def held_out(self, tokens: int) -> torch.Tensor:
         """Sequences with so many kept tokens; smaller requests get the first ones of larger."""
@@ -95,30 +126,7 @@ class Study:
         return int(statistics.fmean(lengths) * documents) if lengths else None
 
     def config(self, part: str) -> rl.SweepConfig:
-        preset, about = self.preset, self.about
-        methods = tuple(
-            one
-            for name in PARTS[part]
-            for one in ([f"topk@{layer}" for layer in about["layers"]] if name == "topk@*" else [name])
-        )
-        return rl.SweepConfig(
-            methods=methods,
-            k=chosen(preset.part_k.get(part, "all"), preset.k),
-            sparsities={m: preset.coefficients[m] for m in methods if m in preset.coefficients},
-            seeds=chosen(preset.part_seeds.get(part, "all"), tuple(range(preset.seeds))),
-            layers=tuple(about["layers"]),
-            d_sae=about["d_sae"],
-            options={name: table for name, table in preset.options.items() if name in methods},
-            training_tokens=preset.tokens,
-            context_size=preset.context_size,
-            batch_size=preset.batch_size,
-            lm_batch_size=preset.lm_batch_size,
-            lr=preset.lr,
-            schedule="paper",
-            unit_norm_every=10,
-            held_out_sequences=self.sequences(preset.kl_tokens),
-            eval_batch_size=preset.eval_batch_size,
-        )
+        return sweep_config(self.preset, part, self.about["layers"], self.about["d_sae"])
 
     @contextmanager
     def timed(self, part: str, stage: str) -> Iterator[None]:
@@ -218,8 +226,7 @@ def run_part(study: Study, part: str) -> None:
         with study.timed(part, kind):
             result.measure(kind, function, group_size=GROUP, device=study.device)
 
-    if part != "layers":
-        measure("features", features)
+    measure("features", features)
     if part in ("core", "routers", "tables", "baselines"):
         measure("routing", routing)
     if part in ("core", "all_layers"):

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 from paper_findings import USED, Findings
 from paper_plots import STYLES
-from paper_presets import NAMES
-from paper_verdicts import interval, number
+from paper_presets import NAMES, OWN
+from paper_verdicts import NOT_RUN, NOT_TESTABLE, ONE_SEED, REPRODUCED, interval, number
 
 
 def escaped(text: object) -> str:
@@ -43,6 +43,40 @@ def _groups(runs: pd.DataFrame) -> Iterable[tuple[str, str, float, pd.DataFrame]
         rows = runs[runs["method"] == method]
         for (kind, sparsity), group in rows.groupby(["kind", "sparsity"]):
             yield method, kind, sparsity, group
+
+
+IN_SHORT = {REPRODUCED: "answered with yes", "not reproduced": "not answered with yes"}
+"""Verdicts where nobody claimed anything before."""
+
+
+def in_short(found: Findings, claims: pd.DataFrame) -> str:
+    """The core at its middle sparsity, and how many claims got which verdict."""
+    parts = []
+    core = found.runs[found.runs["part"] == "core"]
+    if len(core):
+        ks = sorted(core["sparsity"].unique())
+        k = ks[len(ks) // 2]
+        rows = [
+            f"- {NAMES[method]}: KL {cell(group['kl'])} nats/token, loss recovered {cell(group['loss_recovered'])}, "
+            f"{cell(group['features'])} interpretable features"
+            for method, _, sparsity, group in _groups(core)
+            if sparsity == k
+        ]
+        parts.append(f"At k = {k:g}, mean over seeds ± half of the 95 % interval:\n\n" + "\n".join(rows))
+    verdicts = claims["verdict"].str.partition(":")
+    kind = verdicts[0].where(~verdicts[0].isin([ONE_SEED, NOT_RUN, "no verdict"]), "no verdict")
+    detail = verdicts[2].str.strip().where(~verdicts[0].isin([ONE_SEED, NOT_RUN]), verdicts[0])
+    own = claims["where"] == OWN
+    for words, which in (("claims of the paper", ~own), ("own questions (below, by the same rules)", own)):
+        lines = []
+        for name, count in kind[which].value_counts().items():
+            details = detail[which & (kind == name)].value_counts()
+            inner = ", ".join(f"{n} {escaped(one)}" for one, n in details.items() if one)
+            title = IN_SHORT.get(name, name) if which is own else name
+            lines.append(f"- {count} {title}" + (f" ({inner})" if inner and name != NOT_TESTABLE else ""))
+        if lines:
+            parts.append(f"Of {which.sum()} {words}:\n\n" + "\n".join(lines))
+    return "## In short\n\n" + "\n\n".join(parts)
 
 
 MAIN = {
@@ -141,12 +175,13 @@ def collapse(found: Findings) -> str:
 
 def by_class(found: Findings) -> str:
     """Share by token class: of each class, the three blocks that take most of it, at the middle k and first seed."""
-    routing = found.routing[found.routing["method"].isin(["route", "distilled", "random"])]
+    compared = ("route", "distilled", "distilled_mean", "random")
+    routing = found.routing[found.routing["method"].isin(compared)]
     if routing.empty:
         return ""
     ks = sorted(routing["sparsity"].unique())
     routing = routing[(routing["sparsity"] == ks[len(ks) // 2]) & (routing["seed"] == routing["seed"].min())]
-    methods = [m for m in ("route", "distilled", "random") if (routing["method"] == m).any()]
+    methods = [m for m in compared if (routing["method"] == m).any()]
     rows = []
     for token_class in dict.fromkeys(routing["token_class"]):
         cells = []
@@ -172,20 +207,27 @@ def layer_rows(found: Findings) -> pd.DataFrame:
 def choosers(found: Findings, k: float) -> pd.DataFrame:
     """KL of what chooses a block per token, at one k: columns label, kl, half, color, line."""
     rows = []
-    for method in ("route", "random", "distilled"):
-        name, color = NAMES[method], STYLES[method][0]
+    for method in ("route", "random", "distilled", "distilled_mean"):
+        name, (color, _, line) = NAMES[method], STYLES[method]
         values = found.runs.loc[
             (found.runs["method"] == method) & (found.runs["sparsity"] == k), "kl"
         ].dropna()
         if len(values):
-            rows.append((name, *interval(values.tolist()), color, "-"))
+            rows.append((name, *interval(values.tolist()), color, line))
         seen = found.views[
             (found.views["method"] == method)
             & (found.views["sparsity"] == k)
             & (found.views["rule"] == "oracle")
         ]
         if len(seen):
-            rows.append((f"{name}, oracle", *interval(seen["kl"].astype(float).tolist()), color, ":"))
+            rows.append(
+                (
+                    f"{name}, oracle",
+                    *interval(seen["kl"].astype(float).tolist()),
+                    color,
+                    ":" if line == "-" else "-.",
+                )
+            )
     return pd.DataFrame(rows, columns=["label", "kl", "half", "color", "line"])
 
 
@@ -194,16 +236,28 @@ def fixed_layers(found: Findings) -> str:
     if layers.empty:
         return ""
     k = layers["sparsity"].iloc[0]
+    columns = ("kl", "loss_recovered", "norm_mse", "features")
     rows = [
-        [f"TopK on block {layer}", str(len(g)), *(cell(g[c]) for c in ("kl", "loss_recovered", "norm_mse"))]
+        [f"TopK on block {layer}", str(len(g)), *(cell(g[c]) for c in columns)]
         for layer, g in layers.groupby("layer")
     ]
     rows += [
-        [row.label, "", number(row.kl) + ("" if math.isnan(row.half) else f" ± {number(row.half)}"), "", ""]
+        [
+            row.label,
+            "",
+            number(row.kl) + ("" if math.isnan(row.half) else f" ± {number(row.half)}"),
+            "",
+            "",
+            "",
+        ]
         for row in choosers(found, k).itertuples()
     ]
-    return f"## One block for all tokens (k = {k:g})\n\n" + markdown(
-        ["", "seeds", "KL (nats/token)", "loss recovered", "NormMSE"], rows
+    best = layers.groupby("layer")["kl"].mean().idxmin()
+    note = f"The best block is {best}: the least mean KL, chosen on the text that it is compared on."
+    if layers["seed"].nunique() == 1:
+        note += " One seed for each block: numbers, but no verdict."
+    return f"## One block for all tokens (k = {k:g})\n\n{note}\n\n" + markdown(
+        ["", "seeds", "KL (nats/token)", "loss recovered", "NormMSE", "features"], rows
     )
 
 

@@ -61,7 +61,7 @@ def _with_several_seeds(differences: Differences) -> tuple[list[tuple[float, flo
     return intervals, None if intervals else ONE_SEED
 
 
-def at_most_sparsities(differences: Differences, sign: int) -> str:
+def in_the_majority(differences: Differences, sign: int) -> str:
     """Reproduced (opposite) where at more than half of the sparsities the interval lies on the claimed (other)
     side of 0; else no difference."""
     intervals, none = _with_several_seeds(differences)
@@ -132,6 +132,19 @@ def _values(runs: pd.DataFrame, method: str, metric: str) -> pd.DataFrame:
     return found.drop_duplicates(["sparsity", "seed"]).dropna(subset=["value"]).astype({"value": float})
 
 
+def with_best_block(runs: pd.DataFrame) -> pd.DataFrame:
+    """``runs`` and, as a method ``topk@best``, those of the block whose TopK SAEs have the least mean KL at a sparsity.
+
+    It is chosen by the same KL that it is compared in, which makes this an opponent better than its due.
+    """
+    blocks = runs[runs["method"].str.startswith("topk@") & runs["kl"].notna()]
+    best = []
+    for _, group in blocks.groupby(["kind", "sparsity"]):
+        method = group.astype({"kl": float}).groupby("method")["kl"].mean().idxmin()
+        best.append(group[group["method"] == method].assign(method="topk@best"))
+    return pd.concat([runs, *best], ignore_index=True)
+
+
 def _label(kind: str, sparsity: float) -> str:
     return f"{kind} {sparsity:g}"
 
@@ -156,19 +169,25 @@ def equal_k(runs: pd.DataFrame, a: str, b: str, metric: str, factor: float = 1.0
 def equal_l0(runs: pd.DataFrame, a: str, b: str, metric: str, factor: float = 1.0) -> Comparison:
     """``a - factor * b`` where a's sparsity is a coefficient: b at a's L0, interpolated over ln L0 in the same seed.
 
-    Above b's largest L0, b's value there is taken; below its smallest, there is no comparison.
+    SAEs of ``a`` whose L0 lies outside the range of b's are left out, and counted in ``measured``.
     """
     ours, theirs = _values(runs, a, metric), _values(runs, b, metric)
-    rows = []
+    rows, outside = [], 0
     for row in ours.itertuples():
         frontier = theirs[theirs["seed"] == row.seed].sort_values("l0")
-        # (an SAE that hardly trains may sit a hair below the smallest k)
-        if len(frontier) and row.l0 >= 0.98 * frontier["l0"].min():
-            at = float(np.interp(math.log(row.l0), np.log(frontier["l0"].astype(float)), frontier["value"]))
-            rows.append((row.kind, row.sparsity, row.seed, row.value, at))
+        if frontier.empty:
+            continue
+        # (a TopK SAE that hardly trains may sit a hair beside its k)
+        if not 0.98 * frontier["l0"].min() <= row.l0 <= 1.02 * frontier["l0"].max():
+            outside += 1
+            continue
+        at = float(np.interp(math.log(row.l0), np.log(frontier["l0"].astype(float)), frontier["value"]))
+        rows.append((row.kind, row.sparsity, row.seed, row.value, at))
     both = pd.DataFrame(rows, columns=["kind", "sparsity", "seed", "value_a", "value_b"])
     both["difference"] = both["value_a"] - factor * both["value_b"]
-    return Comparison(_grouped(both), _means(both, a, b))
+    left_out = f"{outside} of {outside + len(rows)} SAEs left out: L0 outside the other's range"
+    measured = [words for words in (_means(both, a, b), left_out if outside else "") if words]
+    return Comparison(_grouped(both), "; ".join(measured))
 
 
 def relative(

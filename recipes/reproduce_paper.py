@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from paper_findings import write_whole
-from paper_presets import PARTS, PRESETS
+from paper_findings import plain_name, write_whole
+from paper_options import block_list, mistakes, number_list, positive
+from paper_presets import PARTS, PRESETS, Preset
 from paper_report import Report, write_report
 from paper_stages import Study, run_part
 from rich.console import Console
-
-import routesae_lens as rl
 
 STOPPED = 75
 """Exit status (EX_TEMPFAIL): stopped before the end, to be continued."""
@@ -92,15 +91,8 @@ def _texts(dataset: str | None, eval_dataset: str | None, preset: str) -> tuple[
 def _identity(dataset: str | None) -> str | None:
     """A name without the folder, and the size: the same text may lie elsewhere on another machine."""
     if dataset is None or not Path(dataset).is_file():
-        return dataset
+        return None if dataset is None else plain_name(dataset)
     return f"{Path(dataset).name} ({Path(dataset).stat().st_size:,} bytes)"
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(sorted({int(one) for one in text.split(",")}))
-    except ValueError as error:
-        raise typer.BadParameter(f"expected numbers such as 14,20,32, got {text!r}") from error
 
 
 def main(
@@ -135,39 +127,46 @@ def main(
 ) -> None:
     """Train the parts of a preset, measure them, and report every claim of the paper. Run again to continue."""
     console = Console()
+    problems = positive(minutes)
     if preset not in PRESETS:
-        raise typer.BadParameter(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+        problems.append(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
     if part not in (None, "report", *PARTS):
-        raise typer.BadParameter(f"unknown part {part!r}; known: {', '.join([*PARTS, 'report'])}")
-    if minutes is not None and minutes <= 0:
-        raise typer.BadParameter(f"--minutes must be positive, got {minutes}")
-    if seeds is not None and seeds < 1:
-        raise typer.BadParameter(f"--seeds must be 1 or more, got {seeds}")
+        problems.append(f"unknown part {part!r}; known: {', '.join([*PARTS, 'report'])}")
     given: dict[str, Any] = {
-        "model": model, "layers": tuple(rl.parse_layers(layers)) if layers else None, "d_sae": d_sae,
-        "k": _numbers(k) if k else None, "seeds": seeds, "tokens": tokens, "batch_size": batch_size,
+        "model": model, "layers": block_list(layers, problems), "d_sae": d_sae,
+        "k": number_list(k, problems), "seeds": seeds, "tokens": tokens, "batch_size": batch_size,
         "context_size": context_size, "lm_batch_size": lm_batch_size, "lr": lr, "kl_tokens": kl_tokens,
         "feature_tokens": feature_tokens,
     }  # fmt: skip
-    if part == "report":
+    if part == "report" and not problems:
         if not (output / "settings.json").exists():
             raise typer.BadParameter(f"{output} holds no study to report")
         _say(console, write_report(output, svg=svg))
         return
-    settings = replace(PRESETS[preset], **{name: value for name, value in given.items() if value is not None})
+    changes = {name: value for name, value in given.items() if value is not None}
+    settings = replace(PRESETS.get(preset, Preset()), **changes)
+    parts = list(PARTS) if part is None else [part]
+    problems += mistakes(settings, [name for name in parts if name in PARTS])
+    if problems:
+        raise typer.BadParameter("\n  ".join([f"{len(problems)} wrong:", *problems]))
     dataset, eval_dataset = _texts(dataset, eval_dataset, preset)
     sources = {"dataset": _identity(dataset), "eval_dataset": _identity(eval_dataset)}
-    _claim(output, {"preset": preset, **asdict(settings), **sources})
+    named = asdict(settings) | {"model": plain_name(settings.model)}
+    _claim(output, {"preset": preset, **named, **sources})
     study = Study(settings, dataset, eval_dataset, output, console)
     try:
         with stopping_after(minutes):
             _print_epochs(study)
-            for name in PARTS if part is None else [part]:
+            for name in parts:
                 run_part(study, name)
             report = write_report(output, svg=svg)
     except KeyboardInterrupt:  # TrainingInterrupted is one
         console.print("[yellow]stopped; run the same command again to go on[/yellow]")
         raise typer.Exit(STOPPED) from None
+    except Exception:
+        if not (output / "text.json").exists():  # no part has begun: the folder is free for other settings
+            (output / "settings.json").unlink()
+        raise
     _say(console, report)
 
 

@@ -1,7 +1,7 @@
 """Why does the paper's router learn so little? The gradient it gets, measured on one batch of a real model.
 
     python recipes/router_gradients.py                  # routers at their start
-    python recipes/router_gradients.py --run runs/paper/core   # and those of a finished run
+    python recipes/router_gradients.py --run runs/paper/core   # and those of RouteSAE in a finished sweep
 
 For every way of training a router: the gradient of the loss to the router's weights beside that to the
 encoder's, and the mean derivative of a token's loss with respect to log p of its chosen layer (negative: the
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,6 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from sae_lens import SAE
 from sae_lens.saes.sae import TrainStepInput
 
 import routesae_lens as rl
@@ -70,6 +70,43 @@ def measure(sae: Any, stack: torch.Tensor) -> dict[str, float]:
     return result
 
 
+def trained_routes(run: Path) -> tuple[rl.SweepResult, dict[str, dict[str, Any]]]:
+    """A finished sweep, and the training configs of its members of method ``route``.
+
+    Raises:
+        typer.BadParameter: no sweep, one that is not finished, or one without such a member.
+    """
+    try:
+        found = rl.SweepResult.read(run)
+    except FileNotFoundError as error:
+        raise typer.BadParameter(f"{run} holds no sweep (no sweep.json)") from error
+    if not found.trained:
+        raise typer.BadParameter(f"the training in {run} is not finished")
+    configs = json.loads((run / "sweep.json").read_text(encoding="utf-8"))["about"]["saes"]
+    routes = [one.name for one in found.members if one.method == "route" and one.name not in found.diverged]
+    if not routes:
+        names = ", ".join(one.name for one in found.members)
+        raise typer.BadParameter(f"{run} has no trained member of method route; it has: {names}")
+    return found, {name: configs[name] for name in routes}
+
+
+def in_training_form(trained: Any, config: dict[str, Any]) -> Any:
+    """The training SAE that ``trained`` was saved from: its config, its weights, its router."""
+    known = {one.name for one in fields(rl.RouteTopKTrainingSAEConfig)}
+    cfg = rl.RouteTopKTrainingSAEConfig(
+        **{name: value for name, value in config.items() if name in known and name != "metadata"}
+    )
+    sae = rl.RouteTopKTrainingSAE(cfg)
+    sae.init_from(trained)
+    router = {
+        name: one
+        for name, one in trained.state_dict().items()
+        if name.lower().startswith(("w_router", "router_"))
+    }
+    sae.load_state_dict(router, strict=False)
+    return sae
+
+
 def main(
     run: Annotated[Path | None, typer.Option(help="folder of a finished sweep: its RouteSAEs too")] = None,
     model: Annotated[str, typer.Option(help="demo, or any Hugging Face model")] = "demo",
@@ -81,8 +118,16 @@ def main(
     output: Annotated[Path | None, typer.Option(help="write the numbers as JSON")] = None,
 ) -> None:
     """Print, for every way of training a router, the gradient that reaches it."""
-    lm = rl.load_model(rl.demo_model_path() if model == "demo" else model)
+    sweep, routes = (None, {}) if run is None else trained_routes(run)  # (before the model is loaded)
+    lm = rl.load_model(rl.demo_model_path() if model == "demo" else model, device="cpu")
     layers = rl.default_layers(rl.backend_of(lm).n_layers)
+    for name, config in routes.items():  # a sweep has one list of layers
+        layers = config["layers"]
+        if (
+            config["d_in"] != len(layers) * rl.backend_of(lm).d_model
+            or layers[-1] >= rl.backend_of(lm).n_layers
+        ):
+            raise typer.BadParameter(f"{name} was trained on another model than {model}")
     stack = activations(lm, layers, dataset, tokens)
     results: dict[str, list[dict[str, float]]] = {}
     for way, options in WAYS.items():
@@ -92,19 +137,11 @@ def main(
         for seed in range(seeds):
             torch.manual_seed(seed)
             results.setdefault(f"{way}: start", []).append(measure(rl.RouteTopKTrainingSAE(cfg), stack))
-    for folder in sorted(run.iterdir()) if run else []:
-        if not (folder / "cfg.json").exists():
-            continue
-        trained = SAE.load_from_disk(folder)
-        if not isinstance(trained, rl.RouteSAE) or trained.cfg.routing != "hard":
-            continue
-        cfg = rl.RouteTopKTrainingSAEConfig.for_model(
-            lm, layers=trained.layers, d_sae=trained.cfg.d_sae, k=trained.cfg.k, aux_loss_coefficient=0.0
-        )
-        sae = rl.RouteTopKTrainingSAE(cfg)
-        sae.init_from(trained)
-        sae.load_state_dict({"W_router": trained.W_router.detach()}, strict=False)
-        results.setdefault("hard, normalised MSE: after training", []).append(measure(sae, stack))
+    for name, config in routes.items():
+        assert sweep is not None
+        way = f"{name.rpartition('-seed')[0]} ({config['aggregator']}, {config['loss']}): after training"
+        sae = in_training_form(sweep.load(name), config)
+        results.setdefault(way, []).append(measure(sae, stack))
     show(results, tokens)
     if output is not None:
         output.write_text(json.dumps({"tokens": tokens, "results": results}, indent=1), encoding="utf-8")

@@ -1,9 +1,8 @@
-"""The paper's evaluation in small: interrupted and continued, the verdict rules, what the report does with text."""
+"""The paper's evaluation in small: interrupted and continued, refused, and what the report does with text."""
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sys
 import threading
@@ -12,7 +11,6 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import torch
 import typer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))  # a recipe finds its own modules beside it
@@ -75,7 +73,7 @@ def test_every_part_is_trained_measured_and_reported(whole: Path):
     }  # fmt: skip
     assert (results["status"] == "evaluated").all() and results["kl"].notna().all()
     assert (results.loc[["route-k3-seed0", "crosscoder_topk-k3-seed1", "mlsae-k3-seed0"], "l0"] <= 3).all()
-    assert results.loc[results["part"] != "layers", "features"].notna().all()
+    assert results["features"].notna().all()
     # routes only where there is a choice of layers
     routed = results[results["effective_layers"].notna()]["method"]
     choosing = {
@@ -240,146 +238,50 @@ def test_wrong_options_are_refused(whole: Path, options: dict[str, Any], tmp_pat
             reproduce_paper.main(output=whole, **(options | changes))
 
 
+def test_a_folder_is_free_again_where_nothing_began(options: dict[str, Any], tmp_path: Path, monkeypatch):
+    text = tmp_path / "other.jsonl"
+    text.write_text(json.dumps({"words": "no column text"}))
+    with pytest.raises((typer.BadParameter, ValueError), match="text"):
+        reproduce_paper.main(output=tmp_path / "study", **(options | {"dataset": str(text)}))
+    assert not (tmp_path / "study/settings.json").exists()
+    monkeypatch.setattr(reproduce_paper, "run_part", lambda study, part: None)
+    reproduce_paper.main(output=tmp_path / "study", part="core", **options)  # the corrected command
+
+
+def test_the_report_names_no_machine(whole: Path, options: dict[str, Any]):
+    report = whole / "report"
+    for path in [*report.glob("*.md"), *report.glob("*.csv"), *report.glob("*.json")]:
+        text = path.read_text()
+        for folder in (whole.parent, options["model"], Path(options["dataset"]).parent):
+            assert str(folder) not in text, path
+    settings = json.loads((report / "settings.json").read_text())
+    assert settings["model"] == Path(options["model"]).name and settings["dataset"].startswith("text.jsonl (")
+    assert paper_findings.plain_name("/far/away/model") == "model"
+    assert paper_findings.plain_name("meta-llama/Llama-3.2-1B") == "meta-llama/Llama-3.2-1B"
+
+
+def test_the_report_begins_with_a_summary(whole: Path):
+    report = (whole / "report/report.md").read_text()
+    short = report[report.index("## In short") : report.index("## Results")]
+    assert report.index("## What was run") < report.index("## In short")
+    runs = core(whole)["results"].groupby("method")
+    for method in paper_presets.PARTS["core"]:
+        [line] = [one for one in short.splitlines() if one.startswith(f"- {paper_presets.NAMES[method]}:")]
+        mean = runs.get_group(method)["kl"].mean()
+        assert f"KL {verdicts.number(mean)}" in line and "interpretable features" in line
+    claims = pd.read_csv(whole / "report/claims.csv")
+    paper = claims[claims["where"] != paper_presets.OWN]
+    assert f"Of {len(paper)} claims of the paper:" in short
+    assert f"- {(paper['verdict'] == verdicts.REPRODUCED).sum()} reproduced" in short
+    assert f"- {paper['verdict'].str.startswith(verdicts.NOT_TESTABLE).sum()} not testable here\n" in short
+
+
 def test_report_alone_needs_no_preset(whole: Path, tmp_path: Path):
     reproduce_paper.main(output=whole, part="report", svg=True)
     assert (whole / "report/figure_4.svg").read_text().startswith("<?xml")
     with pytest.raises(typer.BadParameter, match="holds no study to report"):
         reproduce_paper.main(output=tmp_path / "none", part="report")
     assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.parametrize("name", paper_presets.PRESETS)
-def test_presets_make_valid_sweeps(name: str, tmp_path: Path):
-    preset = paper_presets.PRESETS[name]
-    study = paper_stages.Study(preset, "demo", None, tmp_path, None)
-    layers = list(preset.layers or range(6, 22))
-    study.__dict__["about"] = {"layers": layers, "d_sae": preset.d_sae or 576 * preset.expansion}
-    for part in paper_presets.PARTS:
-        config = study.config(part)
-        config.check(paper_stages.RECIPE_METHODS)
-        assert config.members(paper_stages.RECIPE_METHODS)
-
-
-# --- The verdicts -----------------------------------------------------------------------------------------
-
-
-def runs(**values: list[list[float]]) -> pd.DataFrame:
-    """``method=[[values of the seeds at k = 10], [at k = 20], ...]`` of a metric called "kl"."""
-    rows = [
-        {"method": method, "kind": "k", "sparsity": 10.0 * (i + 1), "l0": 10.0 * (i + 1), "seed": seed, "kl": value}
-        for method, by_k in values.items()
-        for i, seeds in enumerate(by_k)
-        for seed, value in enumerate(seeds)
-    ]  # fmt: skip
-    return pd.DataFrame(rows, columns=["method", "kind", "sparsity", "l0", "seed", "kl"])
-
-
-def test_interval_is_students():
-    mean, half = verdicts.interval([1.0, 2.0, 3.0])
-    assert mean == 2 and half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
-    assert math.isnan(verdicts.interval([1.0])[1])
-
-
-TOPK = [[2.0, 2.1, 2.2], [1.0, 1.1, 1.2], [0.5, 0.6, 0.7]]
-# paired: the seeds spread more than the difference, which is nearly the same in each
-LOWER = [[v - 0.05 - 0.001 * i for i, v in enumerate(row)] for row in TOPK]
-HIGHER = [[v + 0.05 + 0.001 * i for i, v in enumerate(row)] for row in TOPK]
-SCATTERED = [[v + (-1) ** i * 0.3 for i, v in enumerate(row)] for row in TOPK]
-
-
-@pytest.mark.parametrize(
-    "route, expected",
-    [
-        (LOWER, verdicts.REPRODUCED),
-        (HIGHER, verdicts.OPPOSITE),
-        (SCATTERED, verdicts.NO_DIFFERENCE),
-        ([LOWER[0], *SCATTERED[1:]], verdicts.NO_DIFFERENCE),
-        ([*LOWER[:2], HIGHER[2]], verdicts.REPRODUCED),
-        ([row[:1] for row in LOWER], verdicts.ONE_SEED),
-        ([], verdicts.NOT_RUN),
-    ],
-)
-def test_verdict_at_equal_k(route: list[list[float]], expected: str):
-    comparison = verdicts.equal_k(runs(route=route, topk=TOPK), "route", "topk", "kl")
-    assert verdicts.at_most_sparsities(comparison.differences, -1) == expected
-    if route is LOWER:
-        assert comparison.differences["k 20"] == pytest.approx([-0.05, -0.051, -0.052])
-        assert comparison.measured == "RouteSAE 1.216, TopK, last block 1.267 (-4.0%)"
-        assert "k 10: -0.0510 ± 0.0025 (n 3)" in paper_claims.spread(comparison.differences)
-
-
-def test_only_seeds_and_sparsities_of_both_count():
-    comparison = verdicts.equal_k(runs(route=[[1.0, 2.0], [3.0]], topk=[[0.5]]), "route", "topk", "kl")
-    assert comparison.differences == {"k 10": [0.5]}
-    missing = runs(route=[[1.0, math.nan]], topk=[[0.5, 0.5]])
-    assert verdicts.equal_k(missing, "route", "topk", "kl").differences == {"k 10": [0.5]}
-
-
-def test_coefficients_are_compared_at_equal_l0():
-    table = runs(topk=[[4.0], [2.0]])  # at L0 10 and 20
-    relu = [(0.1, 10 * math.sqrt(2), 7.0), (0.05, 40.0, 7.0), (0.4, 5.0, 7.0)]
-    table = pd.concat(
-        [table, pd.DataFrame([("relu", "l1", c, l0, 0, kl) for c, l0, kl in relu], columns=table.columns)]
-    )
-    comparison = verdicts.equal_l0(table, "relu", "topk", "kl", factor=2.0)
-    # half-way in ln L0: 3; above the range: the value at its end; below: none
-    assert comparison.differences == {
-        "l1 0.05": [pytest.approx(7 - 2 * 2)],
-        "l1 0.1": [pytest.approx(7 - 2 * 3)],
-    }
-
-
-@pytest.mark.parametrize(
-    "times, expected",
-    [(2.5, verdicts.REPRODUCED), (1.5, verdicts.NOT_FAR), (0.8, verdicts.OPPOSITE)],
-)
-def test_far_is_twice(times: float, expected: str):
-    far = next(claim for claim in paper_claims.PAPER if claim.text.startswith("Gated has a far higher KL"))
-    gated = [[times * v + 0.01 * i for i, v in enumerate(row)] for row in TOPK]
-    judged = paper_claims.judge(runs(gated=gated, topk=TOPK), [far])
-    assert judged["verdict"].tolist() == [expected]
-
-
-def test_slopes_are_over_ln_l0():
-    table = runs(route=[[4.0, 5.0], [3.0, 4.0]], topk=[[4.0, 4.0], [2.0, 1.0]])
-    comparison = verdicts.slopes(table, "topk", "route", "kl")
-    assert comparison.differences["slope"] == pytest.approx([-1 / math.log(2), -2 / math.log(2)])
-    assert verdicts.slopes(table, "topk", "random", "kl").differences == {"slope": []}
-
-
-def test_other_rules():
-    every, some, near = verdicts.in_every_seed, verdicts.at_some_sparsity, verdicts.nearly_equal
-    assert every({"k 1": [0.1, 0.2], "k 2": [0.1, 0.1]}, 1) == verdicts.REPRODUCED
-    assert every({"k 1": [0.1, 0.2], "k 2": [0.1, -0.1]}, 1) == verdicts.NO_DIFFERENCE
-    assert every({"k 1": [-0.1, -0.2]}, 1) == verdicts.OPPOSITE
-    assert every({"k 1": [0.1]}, 1) == some({"k 1": [0.1]}, 1) == near({"k 1": [0.1]}, 1) == verdicts.ONE_SEED
-    assert some({"k 1": [1.0, 1.01], "k 2": [-1.0, -1.01]}, 1) == verdicts.REPRODUCED
-    assert some({"k 1": [-1.0, -1.01], "k 2": [-1.0, -1.01]}, 1) == verdicts.OPPOSITE
-    assert near({"k 1": [0.1, 0.101]}, 1) == verdicts.REPRODUCED
-    assert near({"k 1": [0.5, 0.501]}, 1) == verdicts.OPPOSITE
-    assert near({"k 1": [0.1, -0.1]}, 1) == "not reproduced: undecided"
-
-
-def test_u_shape():
-    assert paper_findings.u_shape([4, 4, 1, 1, 1, 2, 2], "training") == pytest.approx(
-        {"u_training": 3 - 1, "both_ends_training": 2 - 1}
-    )
-    one_end = paper_findings.u_shape([0.9, 0.05, 0.0], "inference")
-    assert one_end["u_inference"] > 0 > one_end["both_ends_inference"]
-
-
-def test_parameters_are_those_of_the_saes():
-    from sae_lens.registry import get_sae_training_class
-
-    from routesae_lens.training.methods import make_config
-
-    counted = paper_claims.count_parameters(8, 40, 3)
-    for method, name in (("route", "route"), ("topk", "topk"), ("crosscoder_topk", "crosscoder")):
-        config = make_config(method, None, [1, 2, 3], 40, 4, 0)
-        sae = get_sae_training_class(config.architecture())[0](config)
-        # (a RouteSAE over one layer has a router, too, that decides nothing)
-        used = [tensor for key, tensor in sae.named_parameters() if (key, method) != ("W_router", "topk")]
-        assert counted[name] == sum(map(torch.numel, used)), method
 
 
 # --- The report -------------------------------------------------------------------------------------------
