@@ -244,7 +244,7 @@ def standardized_once(
 
     A stack that needs gradients, or was made in inference mode (no version counter), is standardised anew.
     """
-    if stack.requires_grad or stack.is_inference() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or stack.requires_grad or stack.is_inference():
         return standardize(layers)
     known = _memo.source() if _memo.source is not None else None
     key = (stack._version, stack.data_ptr(), layers.shape, layers.dtype)
