@@ -79,6 +79,7 @@ def gather(output: Path) -> Findings:
             features += [about | {"threshold": float(t), "features": n} for t, n in thresholds.items()]
             shares = result.get("layer_share") or {}
             row["layers_used"] = sum(share > USED for share in shares.values()) if shares else None
+            row["blocks"] = " ".join(_by_share(shares)) if len(shares) > 1 else None
             profile = found["routing"].get(name, {})
             if profile.get("layers"):
                 row |= {key: profile[key] for key in ROUTING_SCALARS}
@@ -104,7 +105,9 @@ def gather(output: Path) -> Findings:
         if column not in run_table:
             run_table[column] = None
     numeric = [
-        c for c in run_table.columns if c not in ("part", "name", "method", "kind", "status", "splice")
+        c
+        for c in run_table.columns
+        if c not in ("part", "name", "method", "kind", "status", "splice", "blocks")
     ]
     run_table[numeric] = run_table[numeric].apply(pd.to_numeric)
     return Findings(
@@ -120,6 +123,12 @@ def gather(output: Path) -> Findings:
         ),
         profiles=[_read(path) for path in sorted(output.glob("core/profiles/*.json"), reverse=True)],
     )
+
+
+def _by_share(shares: Mapping[str, float]) -> list[str]:
+    """The blocks that are used, the largest share first; six at most."""
+    used = sorted((block for block in shares if shares[block] > USED), key=lambda block: -shares[block])
+    return used[:6] + (["..."] if len(used) > 6 else [])
 
 
 def _read(path: Path) -> Any:

@@ -137,7 +137,11 @@ def tables_2_and_3(found: Findings) -> str:
 
 
 def collapse(found: Findings) -> str:
-    runs = found.runs[found.runs["effective_layers"].notna()]
+    """Of every SAE that chooses among blocks; where its routing was not analysed, what the evaluation saw."""
+    chooses = found.runs["effective_layers"].notna()
+    if "blocks" in found.runs:
+        chooses |= found.runs["blocks"].notna() & found.runs["part"].isin(("core", "routers", "tables"))
+    runs = found.runs[chooses]
     if runs.empty:
         return ""
     columns = {
@@ -151,11 +155,8 @@ def collapse(found: Findings) -> str:
     rows = []
     for method, kind, sparsity, group in _groups(runs):
         used = []
-        for seed, name in zip(group["seed"], group["name"], strict=True):
-            shares = found.routing[(found.routing["name"] == name) & (found.routing["token_class"] == "all")]
-            blocks = shares[shares["inference_share"] > USED].sort_values("inference_share", ascending=False)
-            listed = [f"{int(b)}" for b in blocks["layer"][:6]] + (["..."] if len(blocks) > 6 else [])
-            used.append(f"seed {int(seed)}: {' '.join(listed)}")
+        for seed, blocks in zip(group["seed"], group["blocks"], strict=True):
+            used.append(f"seed {int(seed)}: {blocks}")
         rows.append(
             [
                 NAMES.get(method, method),
