@@ -75,6 +75,7 @@ from routesae_lens.saes.crosscoder import (
 )
 from routesae_lens.saes.route_sae import RouteSAE, RouteTrainingSAE, inference_form, with_routing
 from routesae_lens.saes.router import AGGREGATORS, ROUTINGS, Route, standardize
+from routesae_lens.splice.edits import Ablate, Add, Edit, Scale, Set
 from routesae_lens.splice.hooked import HookedRouteSAETransformer, RouteSAETransformerBridge
 from routesae_lens.splice.replace import splice_hooks
 from routesae_lens.training.data import load_text
@@ -92,6 +93,8 @@ __all__ = [
     "ROUTE_ARCHITECTURES",
     "ROUTINGS",
     "TOKEN_CLASSES",
+    "Ablate",
+    "Add",
     "Batch",
     "BlockActivity",
     "Context",
@@ -108,6 +111,7 @@ __all__ = [
     "CrosscoderTopKSAEConfig",
     "CrosscoderTopKTrainingSAE",
     "CrosscoderTopKTrainingSAEConfig",
+    "Edit",
     "Evaluation",
     "Feature",
     "FeatureRule",
@@ -141,6 +145,8 @@ __all__ = [
     "RouteTopKTrainingSAEConfig",
     "RouteTrainingSAE",
     "RoutingProfile",
+    "Scale",
+    "Set",
     "SpliceEvaluator",
     "SweepConfig",
     "SweepResult",

@@ -99,12 +99,13 @@ class Routed(StackSAE):
             scale = torch.zeros(self.cfg.n_layers, dtype=self.dtype, device=self.device)
             self.router_log_scale = nn.Parameter(scale)
 
-    def route(self, stack: Float[Tensor, "*batch stacked"], draw: int = 0) -> Route:
+    def route(self, stack: Float[Tensor, "*batch stacked"], draw: int = 0, start: int = 0) -> Route:
         """Choose a layer for every token (Eqs. 5-9).
 
         Args:
             stack: activations of the routed layers side by side, ``... (layer d_model)``.
             draw: counter of the random baseline's draws; other rules ignore it.
+            start: how many positions of the sequences come before the stack's; only random routing asks.
 
         Raises:
             ValueError: the last dimension is not ``len(layers) * d_model``.
@@ -120,6 +121,7 @@ class Routed(StackSAE):
                 random_per=self.cfg.random_per,
                 seed=self.cfg.route_seed,
                 draw=draw,
+                start=start,
                 device=x.device,
                 dtype=x.dtype,
             )

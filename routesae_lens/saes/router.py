@@ -113,6 +113,8 @@ class RoutingContext(NamedTuple):
     random_per: str
     seed: int
     draw: int
+    start: int
+    """Positions of the sequences that come before the stack (cached ones, while generating)."""
     device: torch.device
     dtype: torch.dtype
 
@@ -172,7 +174,9 @@ def _every(ctx: RoutingContext) -> Choice:
 
 
 def _random(ctx: RoutingContext) -> Choice:
-    layer = uniform_layers(ctx.shape, ctx.n_layers, ctx.seed, ctx.draw, per=ctx.random_per, device=ctx.device)
+    layer = uniform_layers(
+        ctx.shape, ctx.n_layers, ctx.seed, ctx.draw, per=ctx.random_per, start=ctx.start, device=ctx.device
+    )
     probs = torch.full((*ctx.shape, ctx.n_layers), 1 / ctx.n_layers, device=ctx.device, dtype=ctx.dtype)
     return Choice(probs, layer, torch.ones(ctx.shape, device=ctx.device, dtype=ctx.dtype))
 
@@ -204,20 +208,21 @@ def uniform_layers(
     seed: int,
     draw: int = 0,
     per: str = "token",
+    start: int = 0,
     device: torch.device | None = None,
 ) -> Int[Tensor, "..."]:
     """Layer indices drawn uniformly, a function of (seed, draw, sequence, position) alone.
 
-    The last of ``shape`` is the position. Longer sequences begin with the draws of shorter ones and a
-    sequence draws the same in every batch size, so both passes of a splice and step-by-step generation
-    see the same layers. (A hash instead of a ``torch.Generator``: that also works on every device and
-    under ``torch.compile``.)
+    The last of ``shape`` is the position, counted from ``start``. Longer sequences begin with the draws of
+    shorter ones and a sequence draws the same in every batch size, so both passes of a splice and
+    step-by-step generation see the same layers. (A hash instead of a ``torch.Generator``: that also works
+    on every device and under ``torch.compile``.)
     """
     state = _mix(_mix(torch.full((), seed, dtype=torch.int64, device=device)) + draw)
     if per == "token":
         *sequences, positions = shape or (1,)
         sequence = torch.arange(math.prod(sequences), device=device)
-        state = _mix(_mix(state + sequence)[:, None] + torch.arange(positions, device=device))
+        state = _mix(_mix(state + sequence)[:, None] + torch.arange(start, start + positions, device=device))
     bits = (state >> 32) & 0xFFFFFFFF
     return (bits % n_layers).reshape(shape if per == "token" else ()).expand(shape)
 

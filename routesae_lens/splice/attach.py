@@ -17,6 +17,7 @@ from sae_lens.analysis.hooked_sae_transformer import (
 from sae_lens.util import get_special_token_ids
 from transformer_lens.hook_points import HookPoint
 
+from routesae_lens.backends import SITES, backend_of
 from routesae_lens.hook_points import LayersHookPoint, layer_hook_name, mounted_points, unmount_layers
 from routesae_lens.saes.crosscoder import Crosscoder
 from routesae_lens.saes.route_sae import RouteSAE
@@ -65,8 +66,9 @@ class Attaching:
 
         A Crosscoder replaces several layers of a token from one set of latents, those of the clean pass.
         They are at ``<point>.hook_sae_acts_post``, with the name of its multi-layer hook point (the key of
-        :attr:`crosscoders`), and fire once; what a hook writes there reaches every spliced layer. Its
-        error term is that of the clean pass, one for each layer. If anything goes wrong nothing is attached.
+        :attr:`crosscoders`), and fire once; what a hook writes there reaches every spliced layer. With the
+        error term each layer gets the difference that such an edit makes to its reconstruction, on top of
+        what came from the layers below. If anything goes wrong nothing is attached.
 
         Args:
             sae: what to attach; a RouteSAE or Crosscoder in its inference form.
@@ -75,7 +77,9 @@ class Attaching:
                 None: for a RouteSAE or Crosscoder as it was trained (metadata), for other SAEs False.
                 Positions outside the metadata's ``seqpos_slice`` are left alone by these two in any case.
             scale_by_p: for RouteSAEs, consistent with training (default); False is the authors' splice.
-            splice_layers: for Crosscoders, the block numbers to replace (None: all that it reads).
+            splice_layers: block numbers. For Crosscoders those to replace (None: all that it reads). For
+                RouteSAEs those where every token is replaced, whatever its route, at the scale of its route
+                (None: each token at its routed layer only).
 
         Raises:
             ValueError: the hook does not exist or is taken, or the SAE does not fit the model, or
@@ -93,8 +97,8 @@ class Attaching:
             )
         if not scale_by_p and not isinstance(sae, RouteSAE):
             raise TypeError(f"scale_by_p=False is for RouteSAEs, not for {type(sae).__name__}")
-        if splice_layers is not None and not isinstance(sae, Crosscoder):
-            raise TypeError(f"splice_layers is for Crosscoders, not for {type(sae).__name__}")
+        if splice_layers is not None and not isinstance(sae, RouteSAE | Crosscoder):
+            raise TypeError(f"splice_layers is for RouteSAEs and Crosscoders, not for {type(sae).__name__}")
         if isinstance(sae, RouteSAE | Crosscoder):
             self._attach(sae, use_error_term, exclude_special_tokens, scale_by_p, splice_layers)
             return
@@ -111,7 +115,7 @@ class Attaching:
         splice_layers: Sequence[int] | None,
     ) -> None:
         check_device(sae, self)
-        layers = chosen_layers(sae, splice_layers) if isinstance(sae, Crosscoder) else sae.layers
+        layers = chosen_layers(sae, splice_layers)
         excluded = self._excluded_ids(sae, exclude)
         before = mounted_points(self)
         point = sae.mount(self)
@@ -127,7 +131,9 @@ class Attaching:
         }
         attached: Attached
         if isinstance(sae, RouteSAE):
-            attached = AttachedRouteSAE(sae=sae, scale_by_p=scale_by_p, **common)
+            attached = AttachedRouteSAE(
+                sae=sae, scale_by_p=scale_by_p, routed=splice_layers is None, **common
+            )
         else:
             attached = AttachedCrosscoder(sae=sae, running=CrosscoderPass(sae, point), **common)
         self._attached[point] = attached
@@ -194,6 +200,12 @@ class Attaching:
                 raise ValueError(
                     f"{path} is a read-only copy of several layers; nothing can be spliced there"
                 )
+        width = backend_of(self).d_model
+        if _reads_the_stream(str(sae.cfg.metadata.hook_name)) and sae.cfg.d_in != width:
+            raise ValueError(
+                f"this {type(sae).__name__} has d_in = {sae.cfg.d_in}; {sae.cfg.metadata.hook_name} of this model "
+                f"has {width}"
+            )
 
     def _kinds_by_path(self) -> dict[str, str]:
         """What carries each layer that a RouteSAE or Crosscoder is spliced at."""
@@ -270,13 +282,13 @@ class Attaching:
         """Context manager: the SAEs attached inside, and what was there before restored at its end.
 
         Takes SAEs, RouteSAEs and Crosscoders; arguments and errors as in :meth:`add_sae` (``scale_by_p`` is
-        for the RouteSAEs among them, ``splice_layers`` for the Crosscoders, of which there must then be
-        one). ``reset_saes_end=False`` leaves them attached.
+        for the RouteSAEs among them, ``splice_layers`` for RouteSAEs and Crosscoders, of which there must
+        then be one). ``reset_saes_end=False`` leaves them attached.
         """
         listed = [saes] if isinstance(saes, SAE) else list(saes)
-        if splice_layers is not None and not any(isinstance(sae, Crosscoder) for sae in listed):
+        if splice_layers is not None and not any(isinstance(sae, StackSAE) for sae in listed):
             kinds = ", ".join(type(sae).__name__ for sae in listed) or "nothing"
-            raise TypeError(f"splice_layers is for Crosscoders, got {kinds}")
+            raise TypeError(f"splice_layers is for RouteSAEs and Crosscoders, got {kinds}")
         if not scale_by_p and not any(isinstance(sae, RouteSAE) for sae in listed):
             kinds = ", ".join(type(sae).__name__ for sae in listed) or "nothing"
             raise TypeError(f"scale_by_p=False is for RouteSAEs, got {kinds}")
@@ -290,12 +302,10 @@ class Attaching:
             try:
                 for sae in listed:
                     if isinstance(sae, StackSAE):
-                        own: dict[str, Any] = (
-                            {"splice_layers": splice_layers}
-                            if isinstance(sae, Crosscoder)
-                            else {"scale_by_p": scale_by_p}
+                        own = {} if isinstance(sae, Crosscoder) else {"scale_by_p": scale_by_p}
+                        self.add_sae(
+                            sae, use_error_term, exclude_special_tokens, splice_layers=splice_layers, **own
                         )
-                        self.add_sae(sae, use_error_term, exclude_special_tokens, **own)
                         added.append(next(reversed(self._attached)))
                 yield self
             finally:
@@ -321,6 +331,10 @@ class Attaching:
     def _ordinary_options(self, exclude: Exclude) -> dict[str, Any]:
         """Arguments for SAELens' own add_sae and saes."""
         raise NotImplementedError
+
+
+def _reads_the_stream(hook_name: str) -> bool:
+    return hook_name.rsplit(".", 1)[-1] in SITES
 
 
 def _kind(sae: StackSAE) -> str:

@@ -17,7 +17,6 @@ from sae_lens.saes.sae import SAEMetadata, _disable_hooks
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from routesae_lens.hook_points import split_layers
 from routesae_lens.saes.crosscoder import Crosscoder
 from routesae_lens.splice.layer_view import RoutedHookPoint, Rows, StackSplice
 from routesae_lens.splice.replace import in_stream, kept_rows
@@ -39,14 +38,14 @@ class CrosscoderPass:
         self.view = crosscoder_view(sae, point, self.rows)
         self.stack: Tensor | None = None
         self._decoded: Tensor | None = None
-        self._error: Tensor | None = None
+        self._unedited: Tensor | None = None
 
     def begin(self, stack: Float[Tensor, "batch pos stacked"], keep: Bool[Tensor, "batch pos"]) -> None:
         """Splice the tokens of ``keep``, whose clean activations are ``stack``."""
         self.stack, self.rows.here = stack, keep
 
     def end(self) -> None:
-        self.stack = self.rows.here = self._decoded = self._error = None
+        self.stack = self.rows.here = self._decoded = self._unedited = None
 
     def decoded(self) -> Float[Tensor, "token layer d_model"]:
         """Reconstructions (standardised where the Crosscoder standardises), from latents that hooks may edit."""
@@ -55,18 +54,12 @@ class CrosscoderPass:
         return self._decoded
 
     @torch.no_grad()
-    def error(self) -> Float[Tensor, "token layer d_model"]:
-        """What the Crosscoder fails to reconstruct of the clean activations, in the model's space.
-
-        A constant of the clean pass: without edits each layer then comes out as it was there, and an edit
-        is not undone by it, nor counted again in the layers above the first.
-        """
-        if self._error is None:
-            stack = self._kept()
-            clean = split_layers(stack, len(self.sae.layers))
+    def unedited(self) -> Float[Tensor, "token layer d_model"]:
+        """Reconstructions from latents as they are without hooks, for the error term."""
+        if self._unedited is None:
             with _disable_hooks(self.view):
-                self._error = clean - in_stream(self.sae, self._autoencode(stack), clean)
-        return self._error
+                self._unedited = self._autoencode(self._kept())
+        return self._unedited
 
     def _kept(self) -> Float[Tensor, "token stacked"]:
         assert self.stack is not None and self.rows.here is not None
@@ -115,8 +108,11 @@ class CrosscoderSplice(StackSplice):
     def _written(self, rows: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
         out = in_stream(self.running.sae, self.running.decoded()[:, self.index], rows)
         if self.use_error_term:
+            # Of the current stream, as for every other SAE: what an edit changed in the layers below stays,
+            # and the difference that it makes here comes on top.
             with torch.no_grad():
-                error = self.hook_sae_error(self.running.error()[:, self.index])
+                unedited = in_stream(self.running.sae, self.running.unedited()[:, self.index], rows)
+                error = self.hook_sae_error(rows - unedited)
             out = out + error
         return out
 

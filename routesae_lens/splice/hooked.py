@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,17 +14,19 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.utilities import get_attention_mask
 
 from routesae_lens.splice.attach import Exclude
 from routesae_lens.splice.layer_view import StackSplice
-from routesae_lens.splice.running import RouteSplicing
+from routesae_lens.splice.passes import BridgePasses, HookedPasses
+from routesae_lens.splice.running import arguments
+from routesae_lens.splice.steering import Steering
 
 
-class HookedRouteSAETransformer(RouteSplicing, HookedSAETransformer):
+class HookedRouteSAETransformer(Steering, HookedSAETransformer):
     """SAELens' HookedSAETransformer with RouteSAEs and Crosscoders.
 
-    ``generate`` works with ``use_past_kv_cache=False``: it runs both passes over the whole sequence for
-    every new token. Source: SAELens ``analysis/hooked_sae_transformer.py``.
+    Source: SAELens ``analysis/hooked_sae_transformer.py``.
     """
 
     def __init__(self, *model_args: Any, **model_kwargs: Any):
@@ -55,14 +58,28 @@ class HookedRouteSAETransformer(RouteSplicing, HookedSAETransformer):
         return super().forward(input, return_type=return_type, loss_per_token=loss_per_token, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """HookedTransformer.generate; with a RouteSAE or Crosscoder attached, ``use_past_kv_cache`` must be False.
+        """HookedTransformer.generate, as :meth:`RouteSplicing.generate`.
 
         Raises:
-            NotImplementedError: a RouteSAE or Crosscoder is attached and the KV cache is on (its default).
+            NotImplementedError: with a KV cache on a model that adds position embeddings, without attention
+                mask (no tokenizer, or embeddings as input): HookedTransformer would count the cached
+                positions twice.
         """
-        if not self._attached:
-            return super().generate(*args, **kwargs)
-        # It hands embeddings to forward, so the ids of special tokens are caught where they are embedded.
+        given = arguments(HookedTransformer.generate, self, *args, **kwargs)
+        embeddings = isinstance(given["input"], Tensor) and given["input"].is_floating_point()
+        adds_positions = self.cfg.positional_embedding_type in ("standard", "shortformer")
+        if (
+            (self._attached or self._steerings)
+            and given["use_past_kv_cache"]
+            and adds_positions
+            and (embeddings or self.tokenizer is None)
+        ):
+            raise NotImplementedError(
+                "HookedTransformer.generate with a KV cache counts positions wrongly for a model that adds "
+                "position embeddings, if there is no attention mask (no tokenizer, or embeddings as input). Use "
+                "use_past_kv_cache=False, or token ids and a model with a tokenizer."
+            )
+        # It hands embeddings to forward, so the token ids are caught where they are embedded.
         seen = self.__dict__["_embedded_tokens"] = []
         handle = self.embed.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
         try:
@@ -70,14 +87,6 @@ class HookedRouteSAETransformer(RouteSplicing, HookedSAETransformer):
         finally:
             handle.remove()
             del self.__dict__["_embedded_tokens"]
-
-    def generate_stream(self, *args: Any, **kwargs: Any) -> Any:
-        """HookedTransformer.generate_stream; a NotImplementedError while a RouteSAE or Crosscoder is attached."""
-        if self._attached:
-            raise NotImplementedError(
-                "generate_stream with a RouteSAE or Crosscoder attached; use generate(..., use_past_kv_cache=False)"
-            )
-        return super().generate_stream(*args, **kwargs)
 
     def _path(self, hook_name: str) -> str:
         return hook_name
@@ -89,33 +98,73 @@ class HookedRouteSAETransformer(RouteSplicing, HookedSAETransformer):
     def _ordinary_options(self, exclude: Exclude) -> dict[str, Any]:
         return {"exclude_special_tokens": False if exclude is None else exclude}
 
-    def _check_forward(self, kwargs: dict[str, Any]) -> None:
-        if kwargs.get("past_kv_cache") is not None:
-            raise NotImplementedError(
-                "a KV cache with a RouteSAE or Crosscoder attached: the cache would hold spliced keys and values, "
-                "and the routing pass needs clean ones. Use generate(..., use_past_kv_cache=False), or run the "
-                "whole sequence without past_kv_cache."
-            )
-        first = min(attached.sae.layers[0] for attached in self._attached.values())
-        start = kwargs.get("start_at_layer") or 0
-        start = start + self.cfg.n_layers if start < 0 else start
+    def _check_forward(self, kwargs: dict[str, Any], layers: tuple[int, int] | None) -> None:
+        if layers is None:
+            return
+        first, n_layers = layers[0], self.cfg.n_layers
+        start, stop = kwargs.get("start_at_layer") or 0, kwargs.get("stop_at_layer")
+        start = start + n_layers if start < 0 else start
         if start > first:
             raise ValueError(
                 f"start_at_layer={start} is after layer {first}, the first that a RouteSAE or Crosscoder reads"
             )
+        if stop is None:
+            return
+        stop = stop + n_layers if stop < 0 else stop
+        if kwargs.get("past_kv_cache") is not None:
+            raise ValueError(
+                f"stop_at_layer={stop} with a KV cache and a RouteSAE or Crosscoder attached would leave the cache "
+                "incomplete. Stop without past_kv_cache, or detach with reset_saes()."
+            )
+        if stop <= first:
+            raise ValueError(
+                f"stop_at_layer={stop} ends the pass before layer {first}, the first where a RouteSAE or "
+                "Crosscoder is attached. Stop later, or detach it with reset_saes()."
+            )
 
-    def _token_ids(self, input: Any, kwargs: dict[str, Any]) -> Int[Tensor, "batch pos"] | None:
+    def _passes(
+        self, forward: Callable[..., Any], input: Any, kwargs: dict[str, Any], layers: tuple[int, int] | None
+    ) -> HookedPasses:
+        return HookedPasses(
+            self,
+            forward,
+            input,
+            kwargs | self._stream_mask(input, kwargs),
+            layers=layers,
+            points=tuple(self._attached),
+            share=self._sharing(),
+            tokens=self._embedded_ids(input, kwargs),
+            prompt=self._prompt(kwargs.get("past_kv_cache")),
+            growing=self._generation is not None,
+        )
+
+    def _stream_mask(self, input: Any, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """The attention mask of a pass of generate_stream, which gives token ids and no mask.
+
+        Left alone, HookedTransformer would take a generated token for padding when it has the id of one.
+        """
+        running, cache = self._generation, kwargs.get("past_kv_cache")
+        if running is None or kwargs.get("start_at_layer") is not None or not isinstance(input, Tensor):
+            return {}
+        start = 0 if cache is None else cache[0].past_keys.shape[1]
+        ones = torch.ones(input.shape, dtype=torch.long, device=input.device)
+        if not start and self.tokenizer is not None and self.tokenizer.padding_side == "left":
+            prompt = input[:, : running.prompt]
+            bos = kwargs.get("prepend_bos")
+            bos = self.cfg.default_prepend_bos if bos is None else bos
+            ones[:, : running.prompt] = get_attention_mask(self.tokenizer, prompt, bos)
+        return {"attention_mask": ones}
+
+    def _embedded_ids(self, input: Any, kwargs: dict[str, Any]) -> Int[Tensor, "batch pos"] | None:
+        """Token ids of a residual stream, where they are known."""
         if kwargs.get("start_at_layer") is None:
-            if not isinstance(input, Tensor):
-                sides = {key: kwargs[key] for key in ("prepend_bos", "padding_side") if key in kwargs}
-                input = self.to_tokens(input, **sides)
-            return torch.atleast_2d(input)
+            return None
         if kwargs.get("tokens") is not None:
             return kwargs["tokens"]
         seen = self.__dict__.get("_embedded_tokens")
         if not seen:
             return None
-        tokens = torch.cat(seen, dim=1)
+        tokens = torch.cat(seen, dim=1)[:, -input.shape[1] :]
         # (generate can also be given embeddings; then only what it generated itself was seen.)
         return tokens if tokens.shape == input.shape[:2] else None
 
@@ -138,11 +187,11 @@ def _mlp_forward(mlp: Any, x: Tensor) -> Tensor:
     return type(mlp).forward(mlp, mlp.hook_in(x))
 
 
-class RouteSAETransformerBridge(RouteSplicing, SAETransformerBridge):
+class RouteSAETransformerBridge(Steering, SAETransformerBridge):
     """SAELens' SAETransformerBridge with RouteSAEs and Crosscoders.
 
-    While one is attached, generation, a KV cache and ``start_at_layer``/``stop_at_layer`` are refused.
-    Source: SAELens ``analysis/sae_transformer_bridge.py``.
+    While one is attached, ``start_at_layer``, ``stop_at_layer``, ``hf_generate`` and ``diffusion_generate``
+    are refused. Source: SAELens ``analysis/sae_transformer_bridge.py``.
     """
 
     @classmethod
@@ -168,31 +217,21 @@ class RouteSAETransformerBridge(RouteSplicing, SAETransformerBridge):
         """As :meth:`RouteSplicing.forward`."""
         return super().forward(input, return_type=return_type, loss_per_token=loss_per_token, **kwargs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """TransformerBridge.generate; a NotImplementedError while a RouteSAE or Crosscoder is attached."""
-        self._refuse_generation("generate")
-        return super().generate(*args, **kwargs)
-
-    def generate_stream(self, *args: Any, **kwargs: Any) -> Any:
-        """TransformerBridge.generate_stream; a NotImplementedError while a RouteSAE or Crosscoder is attached."""
-        self._refuse_generation("generate_stream")
-        return super().generate_stream(*args, **kwargs)
-
     def hf_generate(self, *args: Any, **kwargs: Any) -> Any:
-        """TransformerBridge.hf_generate; a NotImplementedError while a RouteSAE or Crosscoder is attached."""
+        """TransformerBridge.hf_generate; a NotImplementedError while something is attached or steered."""
         self._refuse_generation("hf_generate")
         return super().hf_generate(*args, **kwargs)
 
     def diffusion_generate(self, *args: Any, **kwargs: Any) -> Any:
-        """TransformerBridge.diffusion_generate; a NotImplementedError while a RouteSAE or Crosscoder is attached."""
+        """TransformerBridge.diffusion_generate; a NotImplementedError while something is attached or steered."""
         self._refuse_generation("diffusion_generate")
         return super().diffusion_generate(*args, **kwargs)
 
     def _refuse_generation(self, method: str) -> None:
-        if self._attached:
+        if self._attached or self._steerings:
             raise NotImplementedError(
-                f"{method} on a bridge with a RouteSAE or Crosscoder attached. Call the model on the whole sequence "
-                "for every new token, or use HookedRouteSAETransformer.generate(..., use_past_kv_cache=False)."
+                f"{method} does not go through the model's forward, so nothing would be routed or steered; use "
+                "generate or generate_stream"
             )
 
     def _path(self, hook_name: str) -> str:
@@ -217,23 +256,44 @@ class RouteSAETransformerBridge(RouteSplicing, SAETransformerBridge):
             "Crosscoders"
         )
 
-    def _check_forward(self, kwargs: dict[str, Any]) -> None:
-        given = [
-            key
-            for key in ("start_at_layer", "stop_at_layer", "past_key_values")
-            if kwargs.get(key) is not None
-        ]
-        given += [key for key in ("use_cache", "use_past_kv_cache") if kwargs.get(key)]
-        if given:
+    def _check_forward(self, kwargs: dict[str, Any], layers: tuple[int, int] | None) -> None:
+        given = [key for key in ("start_at_layer", "stop_at_layer") if kwargs.get(key) is not None]
+        if given and layers is not None:
             raise NotImplementedError(
                 f"{', '.join(given)} on a bridge with a RouteSAE or Crosscoder attached: the routing pass has to "
                 "run from the embeddings through all layers that are read. Run the whole sequence; to stop early use "
                 "HookedRouteSAETransformer, or run_with_cache(..., names_filter=...)."
             )
 
-    def _token_ids(self, input: Any, kwargs: dict[str, Any]) -> Int[Tensor, "batch pos"] | None:
-        if isinstance(input, Tensor):
-            return None if input.is_floating_point() else torch.atleast_2d(input)
-        return self.to_tokens(
-            input, prepend_bos=kwargs.get("prepend_bos"), padding_side=kwargs.get("padding_side")
+    def _passes(
+        self, forward: Callable[..., Any], input: Any, kwargs: dict[str, Any], layers: tuple[int, int] | None
+    ) -> BridgePasses:
+        tokens, mask = self._tokens_and_mask(input, kwargs)
+        return BridgePasses(
+            self,
+            forward,
+            input,
+            kwargs,
+            layers=layers,
+            points=tuple(self._attached),
+            share=self._sharing(),
+            tokens=tokens,
+            mask=mask,
+            prompt=self._prompt(kwargs.get("past_key_values")),
+            growing=self._generation is not None,
         )
+
+    def _tokens_and_mask(
+        self, input: Any, kwargs: dict[str, Any]
+    ) -> tuple[Int[Tensor, "batch pos"] | None, Tensor | None]:
+        """What the bridge's forward makes of its input: token ids (None for embeddings) and attention mask."""
+        mask = kwargs.get("attention_mask")
+        if isinstance(input, Tensor):
+            return None if input.is_floating_point() else torch.atleast_2d(input), mask
+        side = kwargs.get("padding_side") or getattr(self.tokenizer, "padding_side", "right")
+        tokens = self.to_tokens(input, prepend_bos=kwargs.get("prepend_bos"), padding_side=side)
+        if mask is None and side == "left" and not isinstance(input, str) and len(input) > 1:
+            mask = get_attention_mask(
+                self.tokenizer, tokens, prepend_bos=self.cfg.default_prepend_bos, padding_side=side
+            )
+        return tokens, mask

@@ -31,6 +31,8 @@ class Rows:
     """The tokens to replace (for a RouteSAE those routed to this layer); None outside a spliced pass."""
     scale: Float[Tensor, "batch pos"] | None = None
     """What each token's activation is multiplied by before encoding (p, or one)."""
+    empty: bool = False
+    """Whether no token is to be replaced here in the running pass."""
     bypass: bool = False
     """True during the routing pass, which must see the stream as it is without the RouteSAE."""
 
@@ -45,6 +47,13 @@ class RoutedHookPoint(HookPoint):
     def __init__(self, rows: Rows):
         super().__init__()
         self.rows = rows
+        self.edits = 0
+        """How many of the hooks are steering's, which has nothing to do where no token is replaced."""
+
+    @property
+    def heard(self) -> bool:
+        """Whether anybody but steering listens."""
+        return len(self._forward_hooks) > self.edits or bool(self._backward_hooks)
 
     def __call__(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
         here = self.rows.here
@@ -138,7 +147,13 @@ class StackSplice(_SAEWrapper):
                 f"{self.path}: a RouteSAE or Crosscoder is attached, but this pass has no routes. Call the model "
                 "itself (or run_with_cache, run_with_hooks), not the module that it wraps."
             )
+        if self.rows.empty and not self._heard:
+            return self.hook_sae_output(x)
         return self.hook_sae_output(x.index_put((here,), self._written(x[here])))
+
+    @property
+    def _heard(self) -> bool:
+        return any(point.heard for point in (*self.sae.hook_dict.values(), self.hook_sae_error))
 
     def _written(self, rows: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
         """What replaces the activations ``rows``, error term included."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from routesae_lens.hook_points import check_layers, layer_hook_name
 from routesae_lens.saes.crosscoder import Crosscoder
-from routesae_lens.saes.route_sae import Routed
+from routesae_lens.saes.route_sae import Routed, RouteSAE
 from routesae_lens.saes.router import Route, standardize
 
 Hook = Callable[..., Tensor]
@@ -141,7 +141,7 @@ def in_stream(
     return y.to(x.dtype)
 
 
-def chosen_layers(sae: Crosscoder, splice_layers: Sequence[int] | None) -> list[int]:
+def chosen_layers(sae: RouteSAE | Crosscoder, splice_layers: Sequence[int] | None) -> list[int]:
     """The block numbers that a splice of ``sae`` replaces: ``splice_layers``, or all that it reads.
 
     Raises:
