@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import pandas as pd
-from paper_presets import NAMES, OWN
+from paper_findings import EVALUATED, UNFINISHED
+from paper_presets import NAMES, OWN, PARTS
 from paper_verdicts import (
     NO_DIFFERENCE,
+    NO_NUMBERS,
     NO_PAIRS,
     NOT_FAR,
     NOT_RUN,
@@ -46,6 +48,8 @@ class Claim:
     rule: Rule = in_the_majority
     methods: tuple[str, ...] = ()
     """Those that are compared."""
+    metric: str = ""
+    """What they are compared in."""
     without_factor: Callable[[pd.DataFrame], Comparison] | None = None
     """The plain comparison, of a claim that says by what factor."""
     reason: str = ""
@@ -63,7 +67,9 @@ def _claim(
     **options: float,
 ) -> Claim:
     plain = (lambda runs: how(runs, *args)) if "factor" in options else None
-    return Claim(where, text, claimed, lambda runs: how(runs, *args, **options), sign, rule, args[:-1], plain)
+    return Claim(
+        where, text, claimed, lambda runs: how(runs, *args, **options), sign, rule, args[:-1], args[-1], plain
+    )
 
 
 _JUDGE = "needs a judge (a language model or people)"
@@ -200,13 +206,42 @@ def spread(differences: Differences) -> str:
     return "; ".join(parts)
 
 
+COLUMNS = ["where", "claim", "claimed", "measured", "spread", "verdict", "rule", "needs"]
+"""Of the table of claims; ``needs`` names the parts to run where a claim is not run."""
+PART_OF = {method: part for part, methods in PARTS.items() for method in methods} | {"topk@best": "layers"}
+
+
+def _lacking(runs: pd.DataFrame, claim: Claim) -> tuple[str, str]:
+    """Why a claim has no differences: the verdict, and the parts to run (again)."""
+    measured_with = {
+        "features": "features",
+        "features_lost": "features",
+        "effective_layers": "effective_layers",
+    }
+    shape = claim.metric.startswith(("u_", "both_ends_"))
+    column = "effective_layers" if shape else measured_with.get(claim.metric, "kl")
+    parts, without_numbers = [], False
+    for method in claim.methods:
+        rows = runs[runs["method"] == method]
+        if column in rows and rows[column].notna().any():
+            continue
+        status = rows["status"] if "status" in rows else pd.Series(EVALUATED, rows.index)
+        if len(rows) and not status.isin([EVALUATED, *UNFINISHED]).any():
+            without_numbers = True  # and running it again would change nothing
+        else:
+            parts.append(PART_OF[method])
+    if parts:
+        return NOT_RUN, " ".join(part for part in PARTS if part in parts)
+    return NO_NUMBERS if without_numbers else NO_PAIRS, ""
+
+
 def judge(runs: pd.DataFrame, claims: Sequence[Claim] = PAPER + OURS) -> pd.DataFrame:
-    """One row per claim: where, claim, claimed, measured, spread, verdict, rule."""
+    """One row per claim, with :data:`COLUMNS`."""
     rows, runs = [], with_best_block(runs)
     for claim in claims:
         if claim.compare is None:
             rows.append(
-                (claim.where, claim.text, claim.claimed, "", "", f"{NOT_TESTABLE}: {claim.reason}", "")
+                (claim.where, claim.text, claim.claimed, "", "", f"{NOT_TESTABLE}: {claim.reason}", "", "")
             )
             continue
         comparison = claim.compare(runs)
@@ -215,8 +250,7 @@ def judge(runs: pd.DataFrame, claims: Sequence[Claim] = PAPER + OURS) -> pd.Data
             # (below the factor is not yet the opposite)
             verdict = claim.rule(claim.without_factor(runs).differences, claim.sign)
             verdict = NOT_FAR if verdict == REPRODUCED else verdict
-        if verdict == NOT_RUN and set(claim.methods) <= set(runs.loc[runs["kl"].notna(), "method"]):
-            verdict = NO_PAIRS
+        verdict, needs = _lacking(runs, claim) if verdict == NOT_RUN else (verdict, "")
         rows.append(
             (
                 claim.where,
@@ -226,9 +260,10 @@ def judge(runs: pd.DataFrame, claims: Sequence[Claim] = PAPER + OURS) -> pd.Data
                 spread(comparison.differences),
                 verdict,
                 RULES[claim.rule],
+                needs,
             )
         )
-    return pd.DataFrame(rows, columns=["where", "claim", "claimed", "measured", "spread", "verdict", "rule"])
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def count_parameters(d_model: int, d_sae: int, n_layers: int) -> dict[str, int]:
@@ -248,9 +283,9 @@ def parameter_claims(d_model: int, d_sae: int, n_layers: int) -> pd.DataFrame:
     rows = [
         ("section 2.2", "RouteSAE adds hardly any parameters to TopK (hardly: under 1 %)", "minimal",
          f"{sizes['route']:,} and {sizes['topk']:,}: +{overhead:.2%}", "",
-         REPRODUCED if overhead < 0.01 else "not reproduced", "counted"),
+         REPRODUCED if overhead < 0.01 else "not reproduced", "counted", ""),
         ("section 1", "Crosscoder has about L times the parameters of TopK (about: within 5 %)", f"{n_layers} x",
          f"{sizes['crosscoder']:,} and {sizes['topk']:,}: {factor:.2f} x", "",
-         REPRODUCED if abs(factor / n_layers - 1) < 0.05 else "not reproduced", "counted"),
+         REPRODUCED if abs(factor / n_layers - 1) < 0.05 else "not reproduced", "counted", ""),
     ]  # fmt: skip
-    return pd.DataFrame(rows, columns=["where", "claim", "claimed", "measured", "spread", "verdict", "rule"])
+    return pd.DataFrame(rows, columns=COLUMNS)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from paper_presets import PARTS
+from paper_presets import MEASURED, PARTS
 
 SCALARS = (
     "tokens", "kl", "kl_stderr", "kl_authors", "ce_clean", "ce_zero", "delta_ce", "loss_recovered", "norm_mse",
@@ -20,6 +20,10 @@ SCALARS = (
 ROUTING_SCALARS = ("effective_layers", "switch_rate", "class_information", "class_information_shuffled")
 USED = 0.02
 """A block with a larger share of the tokens counts as used."""
+EVALUATED = "evaluated"
+"""The status of an SAE that has numbers; any other says why it has none."""
+UNFINISHED = ("training not finished", "evaluation not finished")
+"""Statuses that the same command, run again, will change."""
 
 
 @dataclass
@@ -32,10 +36,18 @@ class Findings:
     """``sweep.json`` of every part that exists."""
     stages: list[dict[str, Any]]
     runs: pd.DataFrame
+    """A row per SAE of a part that has begun; without numbers where ``status`` is not :data:`EVALUATED`."""
     features: pd.DataFrame
     routing: pd.DataFrame
     views: pd.DataFrame
     profiles: list[dict[str, Any]] = field(default_factory=list)
+    unfinished: list[str] = field(default_factory=list)
+    """Parts that were not begun, or of which something is left to train or measure."""
+
+    def chooses(self, part: str, name: str) -> bool:
+        """Whether an SAE sends each token to one of several blocks (by its config: it may have no numbers)."""
+        config = self.sweeps[part]["about"]["saes"][name]
+        return len(config.get("layers", ())) > 1 and config.get("routing", "fixed") not in ("fixed", "every")
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -55,20 +67,35 @@ def plain_name(source: str) -> str:
 def gather(output: Path) -> Findings:
     """Read a study's folder, finished or not.
 
+    An SAE that diverged, gave NaN or infinity, or was not reached yet has a row that says so, and nowhere a number.
+
     Raises:
         FileNotFoundError: no study there.
     """
     settings = _read(output / "settings.json")
+    about_columns = ["part", "name", "method", "kind", "sparsity", "seed"]
     written = {path.parent.name: path.parent for path in output.glob("*/sweep.json")}
     parts = [written[part] for part in PARTS if part in written]
+    sweeps = {folder.name: _read(folder / "sweep.json") for folder in parts}
     runs, features, routing, views = [], [], [], []
+    finished = set()
     for folder in parts:
         found = {kind: _records(folder / kind) for kind in ("results", "features", "routing", "views")}
         weights = _training_weights(folder / "training" / "log.jsonl")
-        for name, result in found["results"].items():
-            about = {"part": folder.name, "name": name, "method": result["method"]}
-            about |= {"kind": result["sparsity_kind"], "sparsity": result["sparsity"], "seed": result["seed"]}
-            row = about | {"status": result["status"]} | {key: result.get(key) for key in SCALARS}
+        status = _statuses(folder, found["results"])
+        evaluated = {name for name in status if status[name] == EVALUATED}
+        kinds = [kind for kind in MEASURED if folder.name in MEASURED[kind]]
+        if not set(status.values()) & {*UNFINISHED} and all(evaluated <= set(found[kind]) for kind in kinds):
+            finished.add(folder.name)
+        members = sweeps[folder.name]["members"]
+        for member in sorted(members, key=lambda one: (one["method"], one["sparsity"], one["seed"])):
+            name = member["name"]
+            about = {"part": folder.name} | {key: member[key] for key in about_columns[1:]}
+            if name not in evaluated:
+                runs.append(about | {"status": status[name]})
+                continue
+            result = found["results"][name]
+            row = about | {"status": EVALUATED} | {key: result.get(key) for key in SCALARS}
             of_features = found["features"].get(name, {})
             thresholds = of_features.get("by_threshold", {})
             row["features"] = of_features.get("features")
@@ -91,7 +118,6 @@ def gather(output: Path) -> Findings:
             runs.append(row)
             for rule, view in found["views"].get(name, {}).get("views", {}).items():
                 views.append(about | {"rule": rule} | {key: view[key] for key in SCALARS if key != "splice"})
-    about_columns = ["part", "name", "method", "kind", "sparsity", "seed"]
     run_table = pd.DataFrame(runs)
     for column in (
         *about_columns,
@@ -101,6 +127,7 @@ def gather(output: Path) -> Findings:
         "feature_tokens",
         *ROUTING_SCALARS,
         "layers_used",
+        "blocks",
     ):
         if column not in run_table:
             run_table[column] = None
@@ -113,7 +140,7 @@ def gather(output: Path) -> Findings:
     return Findings(
         settings=settings,
         text=_read(output / "text.json") if (output / "text.json").exists() else {},
-        sweeps={folder.name: _read(folder / "sweep.json") for folder in parts},
+        sweeps=sweeps,
         stages=_read(output / "stages.json") if (output / "stages.json").exists() else [],
         runs=run_table,
         features=pd.DataFrame(features, columns=[*about_columns, "threshold", "features"]),
@@ -121,8 +148,25 @@ def gather(output: Path) -> Findings:
         views=pd.DataFrame(
             views, columns=[*about_columns, "rule", *(key for key in SCALARS if key != "splice")]
         ),
-        profiles=[_read(path) for path in sorted(output.glob("core/profiles/*.json"), reverse=True)],
+        profiles=[
+            _read(path)
+            for path in sorted(output.glob("core/profiles/*.json"), reverse=True)
+            if path.stem in set(run_table.loc[run_table["status"] == EVALUATED, "name"])
+        ],
+        unfinished=[part for part in PARTS if part not in finished],
     )
+
+
+def _statuses(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Of every SAE of a part; what has no result yet may be known to have diverged."""
+    training = folder / "training" / "run.json"
+    run = _read(training) if training.exists() else {}
+    waiting = UNFINISHED[run.get("status") == "finished"]
+    names = [member["name"] for member in _read(folder / "sweep.json")["members"]]
+    diverged = {name: f"diverged at step {step}" for name, step in run.get("diverged", {}).items()}
+    return {
+        name: results[name]["status"] if name in results else diverged.get(name, waiting) for name in names
+    }
 
 
 def _by_share(shares: Mapping[str, float]) -> list[str]:
@@ -136,8 +180,7 @@ def _read(path: Path) -> Any:
 
 
 def _records(folder: Path) -> dict[str, dict[str, Any]]:
-    found = {path.stem: _read(path) for path in sorted(folder.glob("*.json"))}
-    return dict(sorted(found.items(), key=lambda one: (one[1]["method"], one[1]["sparsity"], one[1]["seed"])))
+    return {path.stem: _read(path) for path in sorted(folder.glob("*.json"))}
 
 
 def _training_weights(log: Path) -> dict[str, dict[int, tuple[float, float]]]:

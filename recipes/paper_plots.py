@@ -49,6 +49,12 @@ def seed_means(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["kind", "sparsity", "l0", "mean", "half", "n"]).sort_values("l0")
 
 
+def _panels(columns: int, size: tuple[float, float], rows: int = 1, **shared: bool) -> tuple[Figure, Any]:
+    """A figure of so many inches, and its axes by row and column."""
+    options: dict[str, Any] = {"layout": "constrained", "squeeze": False, **shared}
+    return plt.subplots(rows, columns, figsize=size, **options)
+
+
 def frontier(runs: pd.DataFrame, metric: str, y_label: str) -> Figure | None:
     """A metric against L0, mean and 95 % interval over seeds (figures 4, 6 and 12): the core, then all methods."""
     shown = [m for m in STYLES if runs.loc[runs["method"] == m, metric].notna().any()]
@@ -56,9 +62,7 @@ def frontier(runs: pd.DataFrame, metric: str, y_label: str) -> Figure | None:
         return None
     core = [m for m in PARTS["core"] if m in shown]
     panels = [core, shown] if core and len(shown) > len(core) else [shown]
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(4.1 * len(panels) + 2.2, 4.2), layout="constrained", squeeze=False
-    )
+    figure, axes = _panels(len(panels), (4.1 * len(panels) + 2.2, 4.2))
     for axis, methods in zip(axes[0], panels, strict=True):
         tops: list[float] = []
         l0: list[float] = []
@@ -112,14 +116,7 @@ def feature_curves(features: pd.DataFrame, methods: Sequence[str], threshold: fl
     methods = [method for method in methods if (features["method"] == method).any()]
     if not methods:
         return None
-    figure, axes = plt.subplots(
-        1,
-        len(methods),
-        figsize=(4.2 * len(methods) + 1.2, 3.6),
-        layout="constrained",
-        sharey=True,
-        squeeze=False,
-    )
+    figure, axes = _panels(len(methods), (4.2 * len(methods) + 1.2, 3.6), sharey=True)
     sparsities = sorted(features.loc[features["method"].isin(methods), "sparsity"].unique())
     colors = plt.get_cmap("viridis")
     for axis, method in zip(axes[0], methods, strict=True):
@@ -167,15 +164,7 @@ def layer_weights(routing: pd.DataFrame, method: str) -> Figure | None:
         return None
     every = sorted(rows["sparsity"].unique())
     chosen = sorted({every[0], every[len(every) // 2], every[-1]})
-    figure, axes = plt.subplots(
-        2,
-        len(chosen),
-        figsize=(3.6 * len(chosen) + 1.6, 5.4),
-        layout="constrained",
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-    )
+    figure, axes = _panels(len(chosen), (3.6 * len(chosen) + 1.6, 5.4), rows=2, sharex=True, sharey=True)
     for column, sparsity in enumerate(chosen):
         of_k = rows[rows["sparsity"] == sparsity]
         for row, phase in enumerate(("training", "inference")):
@@ -222,9 +211,7 @@ def profiles(records: Sequence[dict[str, Any]]) -> Figure | None:
     records = [record for record in records if record["features"]]
     if not records:
         return None
-    figure, axes = plt.subplots(
-        1, len(records), figsize=(4.9 * len(records), 5.2), layout="constrained", sharey=True, squeeze=False
-    )
+    figure, axes = _panels(len(records), (4.9 * len(records), 5.2), sharey=True)
     for axis, record in zip(axes[0], records, strict=True):
         counts = {"early": 0, "late": 0}
         for feature in record["features"]:

@@ -21,6 +21,12 @@ PARTS: dict[str, tuple[str, ...]] = {
     "all_layers": ("crosscoder_topk", "crosscoder_relu", "mlsae"),  # encode every layer: as dear as 16 others
     "layers": ("topk@*",),  # one TopK SAE for every routed layer
 }
+MEASURED: dict[str, tuple[str, ...]] = {
+    "features": tuple(PARTS),
+    "routing": ("core", "routers", "tables", "baselines"),
+    "views": ("core", "all_layers"),
+}
+"""What is measured after the KL, and of which parts."""
 NAMES: dict[str, str] = {
     "route": "RouteSAE",
     "distilled": "Distilled router (ours)",

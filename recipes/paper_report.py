@@ -70,7 +70,7 @@ def write_report(output: Path, svg: bool = False) -> Report:
         tables.by_class(found),
         tables.fixed_layers(found),
         tables.views(found),
-        _claims(claims),
+        _claims(found, claims),
     ]
     write_whole(folder / "report.md", "\n\n".join(section for section in sections if section) + "\n")
     return Report(folder, claims)
@@ -139,19 +139,30 @@ def _what_was_run(found: Findings) -> str:
     )
     rows = _settings(found) + _counts(found.runs) + _costs(found.stages)
     versions = {name: v for sweep in found.sweeps.values() for name, v in sweep.get("versions", {}).items()}
-    rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
+    if versions:
+        rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
     text += markdown(["", ""], [(name, escaped(value)) for name, value in rows])
-    failed = found.runs[~found.runs["status"].isin(("evaluated",))]
-    if len(failed):
-        pairs = zip(failed["name"], failed["status"], strict=True)
-        names = ", ".join(f"{escaped(name)} ({escaped(status)})" for name, status in pairs)
-        text += f"\n\n**Without numbers, and left out of everything below:** {names}."
+    if lines := tables.without_numbers(found.runs):
+        text += "\n\n**Without numbers, and left out of all means, figures and verdicts below:**\n\n"
+        text += "\n".join(lines)
+    if found.unfinished:
+        text += (
+            f"\n\n**Not run, or not finished: {escaped(', '.join(found.unfinished))}.** This command, with the "
+            "study's folder and any other options that it was begun with, runs or continues a part, and writes this "
+            "report again:\n\n"
+            f"```\n{_command(found, found.unfinished[0])}\n```"
+        )
     return text
+
+
+def _command(found: Findings, part: str) -> str:
+    preset = found.settings.get("preset", "cpu")
+    return f"python recipes/reproduce_paper.py --preset {preset} --output FOLDER --part {part}"
 
 
 def _settings(found: Findings) -> list[tuple[str, str]]:
     about, settings, sweeps = found.text, found.settings, list(found.sweeps.values())
-    own = f"{about.get('held_out_documents')} documents of the training text, not trained on"
+    own = f"{about.get('held_out_documents', '')} documents of the training text, not trained on".lstrip()
     rows = [
         ("preset", str(settings.get("preset", ""))),
         ("parts in this report", ", ".join(found.sweeps) or "none"),
@@ -197,7 +208,7 @@ def _counts(runs: pd.DataFrame) -> list[tuple[str, str]]:
         rows.append((title, ", ".join(f"{int(n):,}" for n in counts) or "–"))
     seeds = {part: sorted(group["seed"].unique()) for part, group in runs.groupby("part", sort=False)}
     words = (f"{part}: {', '.join(str(int(seed)) for seed in some)}" for part, some in seeds.items())
-    return [*rows, ("seeds", "; ".join(words))]
+    return [*rows, ("seeds", "; ".join(words) or "–")]
 
 
 def _costs(stages: list[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -223,7 +234,7 @@ def _duration(seconds: float) -> str:
 
 
 def _fixed_layer_figure(found: Findings) -> Any:
-    layers = tables.layer_rows(found)
+    layers = tables.layer_rows(found).dropna(subset=["kl"])
     if layers.empty:
         return None
     k = layers["sparsity"].iloc[0]
@@ -237,9 +248,13 @@ def _pictures(pictures: Mapping[str, str]) -> str:
     return "## Figures\n\n" + "\n\n".join(shown)
 
 
-def _claims(claims: pd.DataFrame) -> str:
+def _claims(found: Findings, claims: pd.DataFrame) -> str:
     rules = "\n".join(f"- {escaped(rule)}" for rule in dict.fromkeys(claims["rule"]) if rule)
-    ours = claims["where"] == OWN
+    ours, not_run = claims["where"] == OWN, ""
+    if (claims["needs"] != "").any():
+        not_run = (
+            f"What is not run, this would run: `{_command(found, 'PART')}`, with each part that is named.\n\n"
+        )
     return (
         "## Every claim\n\n"
         "Claimed KL values are sums over sequences of 512 tokens, ours are nats per token; orderings compare. "
@@ -251,6 +266,7 @@ def _claims(claims: pd.DataFrame) -> str:
         f"claims.csv:\n\n{rules}\n\n"
         "It is opposite where the same holds the other way, and otherwise there is no difference to be seen. "
         "The sparsities are not independent of each other: all SAEs see the same tokens.\n\n"
+        + not_run
         + _claim_table(claims[~ours])
         + "\n\n## The distilled router\n\nNot a claim of the paper; judged by the same rules.\n\n"
         + _claim_table(claims[ours].assign(verdict=claims["verdict"].replace(OWN_WORDS)))
@@ -261,7 +277,10 @@ OWN_WORDS = {REPRODUCED: "yes", OPPOSITE: "no: opposite", NO_DIFFERENCE: "no dif
 
 
 def _claim_table(claims: pd.DataFrame) -> str:
-    columns = ["where", "claim", "claimed", "measured", "spread", "verdict"]
-    cells = [[escaped(value) or "–" for value in row] for row in claims[columns].itertuples(index=False)]
-    rows = [[*row[:-1], f"**{row[-1]}**"] for row in cells]
+    columns = ["where", "claim", "claimed", "measured", "spread"]
+    rows = []
+    for claim in claims.to_dict("records"):
+        needed = " and ".join(f"`--part {part}`" for part in claim["needs"].split())
+        verdict = f"**{escaped(claim['verdict'])}**" + (f": {needed}" if needed else "")
+        rows.append([*(escaped(claim[column]) or "–" for column in columns), verdict])
     return markdown(["where", "claim", "claimed", "measured (mean)", "difference", "verdict"], rows)

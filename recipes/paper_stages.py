@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import typer
 from paper_findings import write_whole
-from paper_presets import PARTS, VIEWS, Preset, chosen
+from paper_presets import MEASURED, PARTS, VIEWS, Preset, chosen
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -226,11 +226,9 @@ def run_part(study: Study, part: str) -> None:
         with study.timed(part, kind):
             result.measure(kind, function, group_size=GROUP, device=study.device)
 
-    measure("features", features)
-    if part in ("core", "routers", "tables", "baselines"):
-        measure("routing", routing)
-    if part in ("core", "all_layers"):
-        measure("views", views)
+    for kind, function in (("features", features), ("routing", routing), ("views", views)):
+        if part in MEASURED[kind]:
+            measure(kind, function)
     if part == "core":
         with study.timed(part, "profiles"):
             _profiles(study, result)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 import pandas as pd
-from paper_findings import USED, Findings
+from paper_findings import EVALUATED, UNFINISHED, USED, Findings
 from paper_plots import STYLES
 from paper_presets import NAMES, OWN
 from paper_verdicts import NOT_RUN, NOT_TESTABLE, ONE_SEED, REPRODUCED, interval, number
@@ -35,14 +35,51 @@ def cell(values: pd.Series) -> str:
     return number(mean) + ("" if math.isnan(half) else f" ± {number(half)}")
 
 
+REASONS = {"not finite": "KL not finite"}
+"""Statuses that need more words."""
+
+
+def reason(status: str) -> str:
+    """Why an SAE has no numbers."""
+    return escaped(REASONS.get(status, status))
+
+
+def seeds(group: pd.DataFrame) -> str:
+    """How many seeds the numbers of a row are of, and what became of the others."""
+    failed = group[group["status"] != EVALUATED]
+    if failed.empty:
+        return str(len(group))
+    count = f"{len(group) - len(failed)} of {len(group)}"
+    if len(failed) == len(group) and failed["status"].nunique() == 1:
+        return f"{count} ({reason(failed['status'].iloc[0])})"
+    each = zip(failed["seed"], failed["status"], strict=True)
+    return f"{count} ({', '.join(f'seed {seed}: {reason(status)}' for seed, status in each)})"
+
+
+def without_numbers(runs: pd.DataFrame, some: Sequence[str] | None = None) -> list[str]:
+    """A line for each part and reason that leave SAEs (of ``some`` methods) without numbers."""
+    failed, lines = runs[runs["status"] != EVALUATED], []
+    failed = failed if some is None else failed[failed["method"].isin(some)]
+    for (part, status), group in failed.groupby(["part", "status"], sort=False):
+        of_part = (runs["part"] == part).sum()
+        whole = len(group) == of_part > 1
+        names = f"all {of_part} SAEs" if whole else ", ".join(map(escaped, group["name"]))
+        lines.append(f"- {escaped(part)}, {reason(status)}: {names}")
+    return lines
+
+
 def _groups(runs: pd.DataFrame) -> Iterable[tuple[str, str, float, pd.DataFrame]]:
-    """Method, kind, sparsity and rows, methods in the order of the legends; without ``topk@block``."""
+    """Method, kind, sparsity and rows, methods in the order of the legends; without ``topk@block``.
+
+    Nor those of which nothing is known yet: the top of the report names them.
+    """
     order = [m for m in NAMES if (runs["method"] == m).any()]
     order += sorted({m for m in runs["method"] if m not in NAMES and "@" not in m})
     for method in order:
         rows = runs[runs["method"] == method]
         for (kind, sparsity), group in rows.groupby(["kind", "sparsity"]):
-            yield method, kind, sparsity, group
+            if not group["status"].isin(UNFINISHED).all():
+                yield method, kind, sparsity, group
 
 
 IN_SHORT = {REPRODUCED: "answered with yes", "not reproduced": "not answered with yes"}
@@ -59,10 +96,13 @@ def in_short(found: Findings, claims: pd.DataFrame) -> str:
         rows = [
             f"- {NAMES[method]}: KL {cell(group['kl'])} nats/token, loss recovered {cell(group['loss_recovered'])}, "
             f"{cell(group['features'])} interpretable features"
+            if group["kl"].notna().any()
+            else f"- {NAMES[method]}: no numbers, {seeds(group)} seeds"
             for method, _, sparsity, group in _groups(core)
             if sparsity == k
         ]
-        parts.append(f"At k = {k:g}, mean over seeds ± half of the 95 % interval:\n\n" + "\n".join(rows))
+        if rows:
+            parts.append(f"At k = {k:g}, mean over seeds ± half of the 95 % interval:\n\n" + "\n".join(rows))
     verdicts = claims["verdict"].str.partition(":")
     kind = verdicts[0].where(~verdicts[0].isin([ONE_SEED, NOT_RUN, "no verdict"]), "no verdict")
     detail = verdicts[2].str.strip().where(~verdicts[0].isin([ONE_SEED, NOT_RUN]), verdicts[0])
@@ -90,12 +130,12 @@ MAIN = {
 
 
 def main_results(found: Findings) -> str:
-    if found.runs.empty:
-        return ""
     rows = [
-        [NAMES.get(method, method), f"{kind} {sparsity:g}", str(len(group)), *(cell(group[c]) for c in MAIN)]
+        [NAMES.get(method, method), f"{kind} {sparsity:g}", seeds(group), *(cell(group[c]) for c in MAIN)]
         for method, kind, sparsity, group in _groups(found.runs)
     ]
+    if not rows:
+        return ""
     return (
         "## Results\n\nMean over seeds ± half of the 95 % confidence interval (t distribution).\n\n"
         + markdown(["method", "sparsity", "seeds", *MAIN.values()], rows)
@@ -108,7 +148,7 @@ def tables_2_and_3(found: Findings) -> str:
         (2, "sum pooling and attention", "route_attention", "attention"),
         (3, "hard and soft routing", "route_soft", "soft routing"),
     ):
-        runs = found.runs
+        runs = found.runs[~found.runs["status"].isin(UNFINISHED)]
         shared = sorted(
             set(runs.loc[runs["method"] == "route", "sparsity"])
             & set(runs.loc[runs["method"] == variant, "sparsity"])
@@ -133,17 +173,18 @@ def tables_2_and_3(found: Findings) -> str:
         out.append(
             f"## Table {number_}: {title}\n\n" + markdown(["", "", *(f"k = {k:g}" for k in shared)], rows)
         )
+        if lines := without_numbers(runs[runs["sparsity"].isin(shared)], ("route", variant)):
+            out.append("Without numbers:\n\n" + "\n".join(lines))
     return "\n\n".join(out)
 
 
 def collapse(found: Findings) -> str:
-    """Of every SAE that chooses among blocks; where its routing was not analysed, what the evaluation saw."""
-    chooses = found.runs["effective_layers"].notna()
-    if "blocks" in found.runs:
-        chooses |= found.runs["blocks"].notna() & found.runs["part"].isin(("core", "routers", "tables"))
-    runs = found.runs[chooses]
-    if runs.empty:
-        return ""
+    """Of every SAE that chooses among blocks; where its routing was not analysed, what the evaluation saw.
+
+    One without numbers stands in the last column with the reason: a router may well be why it has none.
+    """
+    chooses = [found.chooses(*one) for one in zip(found.runs["part"], found.runs["name"], strict=True)]
+    runs = found.runs[pd.Series(chooses, found.runs.index, dtype=bool)]
     columns = {
         "mean_p": "mean p",
         "entropy": "entropy of p (nats)",
@@ -155,8 +196,8 @@ def collapse(found: Findings) -> str:
     rows = []
     for method, kind, sparsity, group in _groups(runs):
         used = []
-        for seed, blocks in zip(group["seed"], group["blocks"], strict=True):
-            used.append(f"seed {int(seed)}: {blocks}")
+        for seed, blocks, status in zip(group["seed"], group["blocks"], group["status"], strict=True):
+            used.append(f"seed {int(seed)}: {blocks if status == EVALUATED else reason(status)}")
         rows.append(
             [
                 NAMES.get(method, method),
@@ -165,6 +206,8 @@ def collapse(found: Findings) -> str:
                 "; ".join(used),
             ]
         )
+    if not rows:
+        return ""
     note = (
         "Effective blocks: exp of the entropy of the shares. Switch rate: neighbouring tokens sent to different "
         "blocks. The last column has the blocks by share, the largest first."
@@ -189,7 +232,8 @@ def by_class(found: Findings) -> str:
         of_class = routing[routing["token_class"] == token_class]
         for method in methods:
             top = of_class[of_class["method"] == method].nlargest(3, "inference_share")
-            cells.append(", ".join(f"{int(r.layer)}: {r.inference_share:.0%}" for r in top.itertuples()))
+            shares = (f"{int(r.layer)}: {r.inference_share:.0%}" for r in top.itertuples())
+            cells.append(", ".join(shares) or "–")
         tokens = of_class["class_tokens"].max()
         rows.append([escaped(token_class), f"{int(tokens):,}", *cells])
     return (
@@ -200,7 +244,8 @@ def by_class(found: Findings) -> str:
 
 
 def layer_rows(found: Findings) -> pd.DataFrame:
-    rows = found.runs[found.runs["method"].str.startswith("topk@") & found.runs["kl"].notna()].copy()
+    """SAEs of one fixed block, with a column ``layer``; also those without numbers."""
+    rows = found.runs[found.runs["method"].astype(str).str.startswith("topk@")].copy()
     rows["layer"] = rows["method"].str.partition("@")[2].astype(int) if len(rows) else []
     return rows.sort_values("layer")
 
@@ -234,12 +279,12 @@ def choosers(found: Findings, k: float) -> pd.DataFrame:
 
 def fixed_layers(found: Findings) -> str:
     layers = layer_rows(found)
-    if layers.empty:
+    if layers["kl"].isna().all():
         return ""
     k = layers["sparsity"].iloc[0]
     columns = ("kl", "loss_recovered", "norm_mse", "features")
     rows = [
-        [f"TopK on block {layer}", str(len(g)), *(cell(g[c]) for c in columns)]
+        [f"TopK on block {layer}", seeds(g), *(cell(g[c]) for c in columns)]
         for layer, g in layers.groupby("layer")
     ]
     rows += [

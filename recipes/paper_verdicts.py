@@ -25,6 +25,8 @@ ONE_SEED = "one seed, no verdict"
 NOT_RUN = "not run"
 NO_PAIRS = "no verdict: nothing to compare"
 """Both methods were run, but share no sparsity or range of L0, or have too few for a slope."""
+NO_NUMBERS = "no verdict: trained, but without numbers"
+"""All SAEs of a method diverged, or their KL is not finite."""
 NOT_TESTABLE = "not testable here"
 
 Differences = Mapping[str, Sequence[float]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
 # Before the libraries are imported: they read these once.
@@ -151,3 +152,42 @@ def bridge(tiny_bridge: TransformerBridge) -> RouteSAETransformerBridge:
 def model(request: pytest.FixtureRequest):
     """Both model classes that carry RouteSAEs."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def exact_models(tiny_llama_dir: Path) -> dict:
+    """What ``exact`` hands out copies of."""
+    from routesae_lens.models import load_model
+    from routesae_lens.splice.hooked import HookedRouteSAETransformer, RouteSAETransformerBridge
+
+    models = {}
+    for name, model_class in (("hooked", HookedRouteSAETransformer), ("bridge", RouteSAETransformerBridge)):
+        model = load_model(tiny_llama_dir, name, device="cpu", model_class=model_class)
+        model.to(torch.float64)
+        model.cfg.dtype = torch.float64
+        models[name] = model.eval()
+    return models
+
+
+@pytest.fixture(params=["hooked", "bridge"])
+def exact(request: pytest.FixtureRequest, exact_models: dict, monkeypatch: pytest.MonkeyPatch):
+    """Both model classes with the tiny Llama and its tokenizer, in float64: equal means equal.
+
+    The bridge computes its attention's softmax in float32 whatever the model's dtype. There float64's most
+    negative number, with which it masks, is -inf, so that left padding gives NaN; here it is float64 too.
+    """
+    softmax = torch.nn.functional.softmax
+
+    def wide_softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return softmax(x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype)
+
+    monkeypatch.setattr(torch.nn.functional, "softmax", wide_softmax)
+    return copy.deepcopy(exact_models[request.param])
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users run the package: no type checker reports wrong types before the package's own errors."""
+    import jaxtyping
+
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -87,13 +87,49 @@ def two_passes(
     return SimpleNamespace(logits=logits, route=route)
 
 
+GREEDY: dict[str, Any] = {"do_sample": False, "stop_at_eos": False, "verbose": False, "return_type": "tokens"}
+PAD = 2
+"""Padding id of the tiny Llama's tokenizer."""
+
+
+@torch.no_grad()
+def by_hand(model: Any, tokens: torch.Tensor, n: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Greedy tokens, each from a forward over the whole sequence: no generate, no cache."""
+    for _ in range(n):
+        options = {} if mask is None else {"attention_mask": mask}
+        tokens = torch.cat([tokens, model(tokens, **options)[:, -1:].argmax(-1)], dim=1)
+        mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    return tokens
+
+
+def left_padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of prompts of different lengths."""
+    length = max(map(len, rows))
+    tokens = torch.tensor([[PAD] * (length - len(row)) + row for row in rows])
+    return tokens, (torch.arange(length) >= torch.tensor([[length - len(row)] for row in rows])).long()
+
+
 def assert_clean(model: Any, before: dict[str, Any]) -> None:
-    """Nothing of any SAE is left on ``model``, and it computes what it did."""
+    """Nothing of any SAE, of steering or of a pass is left on ``model``, and it computes what it did."""
     assert model.acts_to_saes == {} and model.route_saes == model.crosscoders == {}
+    assert model._steerings == []
     assert mounted_points(model) == []
     assert set(model.hook_dict) == before["hooks"]
+    assert torch_hooks(model) == before["torch_hooks"]
+    assert not any("forward" in block.__dict__ for block in model.blocks)
+    assert model._generation is None and not {"_window", "_embedded_tokens"} & set(model.__dict__)
     torch.testing.assert_close(model(TOKENS), before["logits"], rtol=0, atol=0)
 
 
+def torch_hooks(model: Any) -> dict[str, int]:
+    """How many hooks of torch's own each module has, where there are any."""
+    counts = {
+        name: len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
+        for name, module in model.named_modules()
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
 def state_of(model: Any) -> dict[str, Any]:
-    return {"hooks": set(model.hook_dict), "logits": model(TOKENS).detach()}
+    logits = model(TOKENS).detach()
+    return {"hooks": set(model.hook_dict), "logits": logits, "torch_hooks": torch_hooks(model)}

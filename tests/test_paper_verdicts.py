@@ -119,6 +119,29 @@ def test_other_rules():
     assert near({"k 1": [0.1, -0.1]}, 1) == "not reproduced: undecided"
 
 
+def test_a_claim_that_is_not_run_names_the_parts():
+    pairs = (("relu", "topk"), ("oracle", "distilled_mean"), ("distilled", "topk@best"))
+    chosen = [
+        c
+        for c in paper_claims.PAPER + paper_claims.OURS
+        if (c.methods, c.metric) in {(p, "kl") for p in pairs}
+    ]
+    judged = paper_claims.judge(runs(topk=TOPK, distilled=TOPK), chosen)
+    assert set(judged["verdict"]) == {verdicts.NOT_RUN}
+    assert judged["needs"].tolist() == ["baselines"] * 2 + ["layers", "core routers"]
+    # KL is there but features are not: the part is not finished
+    features = [c for c in paper_claims.PAPER if c.methods == ("random", "route") and c.metric == "features"]
+    judged = paper_claims.judge(runs(random=TOPK, route=TOPK), features)
+    assert len(judged) == 2 and judged["needs"].tolist() == ["core"] * 2
+    # all of a method stopped: running it again gives nothing
+    stopped = runs(relu=[[math.nan, math.nan]], topk=TOPK).assign(status="evaluated")
+    stopped.loc[stopped["method"] == "relu", "status"] = ["diverged at step 3", "not finite"]
+    judged = paper_claims.judge(stopped, chosen[:1])
+    assert judged[["verdict", "needs"]].values.tolist() == [[verdicts.NO_NUMBERS, ""]]
+    stopped.loc[stopped["status"] == "not finite", "status"] = "evaluation not finished"
+    assert paper_claims.judge(stopped, chosen[:1])["needs"].tolist() == ["baselines"]
+
+
 def test_u_shape():
     assert paper_findings.u_shape([4, 4, 1, 1, 1, 2, 2], "training") == pytest.approx(
         {"u_training": 3 - 1, "both_ends_training": 2 - 1}

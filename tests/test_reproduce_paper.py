@@ -1,8 +1,9 @@
-"""The paper's evaluation in small: interrupted and continued, refused, and what the report does with text."""
+"""The paper's evaluation in small: interrupted and continued, refused, and what its report says of SAEs that failed."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import threading
@@ -20,7 +21,6 @@ import paper_findings
 import paper_presets
 import paper_report
 import paper_stages
-import paper_tables
 import paper_verdicts as verdicts
 import reproduce_paper
 
@@ -287,40 +287,102 @@ def test_report_alone_needs_no_preset(whole: Path, tmp_path: Path):
 # --- The report -------------------------------------------------------------------------------------------
 
 
-def test_text_from_data_cannot_break_the_page():
-    assert paper_tables.escaped("a|b\n<script>*x*</script>[l](u)`c` $x$") == (
-        r"a\|b &lt;script&gt;\*x\*&lt;/script&gt;\[l\](u)\`c\` \$x\$"
-    )
-    assert "\u202e" not in paper_tables.escaped("\u202eabc")
+@pytest.fixture
+def study(whole: Path, tmp_path: Path) -> Path:
+    """A copy of the whole study to change: its measurements, and how each training ended."""
+    copy = tmp_path / "study"
+    shutil.copytree(whole, copy, ignore=shutil.ignore_patterns("training", "feature_sets", "report"))
+    for record in whole.glob("*/training/run.json"):
+        (copy / record.relative_to(whole).parent).mkdir()
+        shutil.copy(record, copy / record.relative_to(whole))
+    return copy
 
 
-def test_a_diverged_member_is_named_and_left_out(whole: Path, tmp_path: Path):
-    study = tmp_path / "study"
-    shutil.copytree(whole, study, ignore=shutil.ignore_patterns("training", "feature_sets", "report"))
-    path = study / "core/results/route-k3-seed1.json"
+def give_status(study: Path, part: str, name: str, status: str, **kept: Any) -> None:
+    """As a sweep records a member without numbers."""
+    path = study / part / "results" / f"{name}.json"
     record = json.loads(path.read_text())
     about = {key: record[key] for key in ("name", "method", "sparsity_kind", "sparsity", "seed", "versions")}
-    path.write_text(json.dumps(about | {"status": "diverged at step 3"}))
+    path.write_text(json.dumps(about | {"status": status} | kept))
+
+
+def rows_of(report: str, heading: str, method: str) -> list[str]:
+    """Lines of a method in the tables of one section."""
+    section = report.split(f"\n## {heading}")[1].split("\n## ")[0]
+    return [line for line in section.splitlines() if line.startswith(f"| {method} |")]
+
+
+def test_a_diverged_member_is_named_and_left_out(study: Path):
+    give_status(study, "core", "route-k3-seed1", "diverged at step 3")
     for kind in ("features", "routing", "views"):
         (study / f"core/{kind}/route-k3-seed1.json").unlink()
+    for seed in (0, 1):
+        give_status(study, "tables", f"route_soft-k3-seed{seed}", "diverged at step 2")
+    give_status(study, "layers", "topk@2-k3-seed0", "diverged at step 7")
+    before = paper_findings.gather(study).runs.set_index("name")
     report = paper_report.write_report(study)
     text = (report.folder / "report.md").read_text()
-    assert "left out of everything below:** route-k3-seed1 (diverged at step 3)" in text
-    claims = report.claims.set_index("claim")["verdict"]
-    assert claims["RouteSAE has a lower KL than TopK"] == verdicts.ONE_SEED
+    top = text[: text.index("## In short")]
+    assert "- core, diverged at step 3: route-k3-seed1\n" in top
+    assert "- tables, diverged at step 2: route\\_soft-k3-seed0, route\\_soft-k3-seed1\n" in top
+    assert "Not run, or not finished" not in top  # nothing would change by running it again
+    # in the tables: of which seeds the numbers are, and the reason
+    [row] = rows_of(text, "Results", "RouteSAE")
+    assert row.startswith("| RouteSAE | k 3 | 1 of 2 (seed 1: diverged at step 3) | ")
+    assert f" | {verdicts.number(before.loc['route-k3-seed0', 'kl'])} | " in row
+    assert rows_of(text, "Results", "RouteSAE, soft") == [
+        "| RouteSAE, soft | k 3 | 0 of 2 (diverged at step 2) |" + " – |" * 6
+    ]
+    [row] = rows_of(text, "One block", "TopK on block 2")
+    assert "| 1 of 2 (seed 0: diverged at step 7) |" in row
+    assert "- core, diverged at step 3: route-k3-seed1" in text.split("## Table 2")[1].split("## Table 3")[0]
+    # and where routers are judged
+    [row] = rows_of(text, "Collapse", "RouteSAE")
+    assert row.endswith("; seed 1: diverged at step 3 |") and "seed 0: " in row
+    [row] = rows_of(text, "Collapse", "RouteSAE, soft")
+    assert row.endswith("| seed 0: diverged at step 2; seed 1: diverged at step 2 |")
+    assert rows_of(text, "Collapse", "TopK, last block") == []  # one block: nothing to choose
+    claims = report.claims.set_index("claim")
+    assert claims.loc["RouteSAE has a lower KL than TopK", "verdict"] == verdicts.ONE_SEED
+    soft = claims.loc["Soft routing has a higher KL than hard routing"]
+    assert (soft["verdict"], soft["needs"]) == (verdicts.NO_NUMBERS, "")
 
 
-def test_figure_1_shows_any_token():
-    record = {
-        "method": "topk", "layers": [1, 2, 3],
-        "features": [
-            {"id": 7, "profile": [1.0, 0.5, 0.1], "end": "early", "top": ["$5 and $6", "\u4e2d", "<b>"]},
-            {"id": 8, "profile": [0.1, 0.5, 1.0], "end": "late", "top": ["a" * 99]},
-        ],
-    }  # fmt: skip
-    import paper_plots
+def test_a_member_whose_kl_is_not_finite_gives_no_numbers_at_all(study: Path):
+    give_status(study, "core", "random-k3-seed0", "not finite", kl=None, norm_mse=123.0, l0=3.0)
+    found = paper_findings.gather(
+        study
+    )  # its features, routes and views were measured, as those of the others
+    assert (study / "core/features/random-k3-seed0.json").exists()
+    [row] = found.runs[found.runs["name"] == "random-k3-seed0"].to_dict("records")
+    assert row["status"] == "not finite" and math.isnan(row["norm_mse"]) and math.isnan(row["features"])
+    for table in (found.features, found.routing, found.views):
+        assert "random-k3-seed1" in set(found.runs["name"]) and "random-k3-seed0" not in set(table["name"])
+    assert "random-k3-seed0" not in {record["name"] for record in found.profiles}
+    text = (paper_report.write_report(study).folder / "report.md").read_text()
+    assert "- core, KL not finite: random-k3-seed0\n" in text
+    assert "seed 0: KL not finite; seed 1: " in rows_of(text, "Collapse", "Random")[0]
 
-    figure = paper_plots.profiles([record])
-    assert figure is not None
-    figure.canvas.draw()
-    assert paper_plots.profiles([{"features": []}]) is None
+
+def test_what_is_missing_is_said_with_the_command_that_runs_it(study: Path):
+    shutil.rmtree(study / "baselines")
+    for path in (study / "routers/results").iterdir():
+        path.unlink()
+    run = study / "routers/training/run.json"
+    run.write_text(json.dumps({"status": "interrupted", "diverged": {"oracle-k3-seed1": 5}}))
+    (study / "all_layers/results/mlsae-k3-seed1.json").unlink()
+    (study / "layers/features/topk@1-k3-seed0.json").unlink()  # KL is there, features are not
+    report = paper_report.write_report(study)
+    text = (report.folder / "report.md").read_text()
+    top = text[: text.index("## In short")]
+    assert "- routers, diverged at step 5: oracle-k3-seed1\n" in top
+    assert "- routers, training not finished: oracle-k3-seed0, route\\_balanced-k3-seed0, " in top
+    assert "- all\\_layers, evaluation not finished: mlsae-k3-seed1\n" in top
+    assert "**Not run, or not finished: routers, baselines, all\\_layers, layers.**" in top
+    assert "reproduce_paper.py --preset smoke --output FOLDER --part routers\n" in top
+    assert rows_of(text, "Results", "RouteSAE, load balancing") == []  # (nothing is known of it)
+    claims = report.claims.set_index("claim")
+    relu = claims.loc["ReLU has a higher NormMSE than TopK"]
+    assert (relu["verdict"], relu["needs"]) == (verdicts.NOT_RUN, "baselines")
+    assert "| **not run**: `--part baselines` |" in rows_of(text, "Every claim", "fig. 12")[2]
+    assert set(claims["needs"]) == {"", "baselines", "routers"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 from pathlib import Path
@@ -11,21 +10,13 @@ from typing import Any
 import pytest
 import torch
 import typer
+from recipe_modules import recipe
 from safetensors.torch import load_file, save_file
 
 import routesae_lens as rl
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 pytestmark = pytest.mark.filterwarnings("ignore:To copy construct", "ignore:the data holds", "ignore:end of")
 LAYERS = (1, 2, 4)
-
-
-def recipe(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def documents(seed: int, n: int) -> list[str]:

@@ -1,35 +1,31 @@
-"""Routing analysis: hand-worked routes, naive loops over a tiny model, and logs that train() wrote."""
+"""Routing analysis: hand-worked routes, and naive loops over a tiny model."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from alike import assert_alike
 from spliced import make_sae, ordinary_sae
 from test_token_classes import words_only
 
-from routesae_lens.analysis.layer_profiles import LayerProfiles, _earliest_and_latest, layer_profiles
 from routesae_lens.analysis.metrics import Tally
 from routesae_lens.analysis.routing import (
     RoutingProfile,
     analyse_routing,
     mutual_information,
     shuffled_table,
-    training_shares,
 )
 from routesae_lens.analysis.stream import read_batches, subjects_of
 from routesae_lens.analysis.token_classes import class_table
 from routesae_lens.models import BACKENDS, load_model
-from routesae_lens.saes.architectures import RouteTopKTrainingSAEConfig
 from routesae_lens.saes.crosscoder import CrosscoderTopKSAE, CrosscoderTopKSAEConfig
 from routesae_lens.saes.route_sae import RouteSAE
-from routesae_lens.saes.router import Route, standardize
-from routesae_lens.training.train import train
+from routesae_lens.saes.router import Route
 
 BLOCKS = [1, 2, 4]
 LN2 = math.log(2)
@@ -266,44 +262,20 @@ def test_shares_are_those_of_the_evaluation(tiny_proxy, tokens):
     assert result.entropy == pytest.approx(tally.entropy / result.tokens, rel=1e-6)
 
 
-def assert_alike(one: Any, other: Any, rel: float) -> None:
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for name in one:
-            assert_alike(one[name], other[name], rel)
-    elif isinstance(one, list):
-        for a, b in zip(one, other, strict=True):
-            assert_alike(a, b, rel)
-    elif isinstance(one, float):
-        assert one == pytest.approx(other, rel=rel, abs=1e-6, nan_ok=True)
-    else:
-        assert one == other
-
-
 def test_equal_numbers_on_every_backend(tiny_llama_dir, tokens):
     loaded = [load_model(tiny_llama_dir, backend, device="cpu") for backend in BACKENDS]
     saes = {"hard": make_sae(), "random": make_sae(routing="random")}
     routes = [analyse_routing(saes, model, tokens, progress=False) for model in loaded]
-    profiles = [layer_profiles(saes["hard"], model, tokens, range(48), progress=False) for model in loaded]
     assert len(BACKENDS) == 3
     assert routes[0]["hard"].class_information > 0
     for other in routes[1:]:
         for name in saes:
             assert_alike(routes[0][name].to_dict(), other[name].to_dict(), 1e-3)
-    for profile in profiles[1:]:
-        assert_alike(profiles[0].to_dict(), profile.to_dict(), 1e-3)
 
 
 def test_batch_size_does_not_matter(tiny_proxy, tokens):
     # (random routing draws per batch, so it is not asked)
     one, five = (profile_of(make_sae(), tiny_proxy, tokens, batch_size=size).to_dict() for size in (1, 5))
-    assert_alike(one, five, 1e-5)
-    one, five = (
-        layer_profiles(
-            make_sae(), tiny_proxy, tokens, min_tokens=2, batch_size=size, progress=False
-        ).to_dict()
-        for size in (1, 5)
-    )
     assert_alike(one, five, 1e-5)
 
 
@@ -326,8 +298,7 @@ def test_the_forward_stops_after_the_last_routed_layer(tiny_hooked, tokens):
 
 
 def test_json_and_back(tiny_proxy, tokens):
-    sae = make_sae()
-    profile = profile_of(sae, tiny_proxy, tokens[:1])  # one sequence: no standard errors
+    profile = profile_of(make_sae(), tiny_proxy, tokens[:1])  # one sequence: no standard errors
     assert math.isnan(profile.entropy_stderr)
     text = json.dumps(profile.to_dict(), allow_nan=False)
     again = RoutingProfile.from_dict(json.loads(text))
@@ -338,8 +309,6 @@ def test_json_and_back(tiny_proxy, tokens):
         RoutingProfile.from_dict(
             {k: v for k, v in profile.to_dict().items() if k != "entropy"} | {"extra": 1}
         )
-    profiles = layer_profiles(sae, tiny_proxy, tokens, [3, 4], progress=False)
-    assert LayerProfiles.from_dict(json.loads(json.dumps(profiles.to_dict(), allow_nan=False))) == profiles
 
 
 def test_one_position_per_sequence_that_counts_has_no_pairs(tiny_hooked):
@@ -355,201 +324,3 @@ def test_bad_tokens(tiny_hooked):
         profile_of(make_sae(), tiny_hooked, TOKENS, exclude_special_tokens=[6, 7, 8, 9])
     with pytest.raises(ValueError, match="no SAEs given"):
         analyse_routing({}, tiny_hooked, TOKENS)
-
-
-# --- Layer profiles ------------------------------------------------------------------------------------------------
-
-
-def activations(sae: Any, model: Any, tokens: torch.Tensor, layers: list[int]) -> torch.Tensor:
-    """Kept tokens' activations by another way: (layer, token, d_sae)."""
-    with torch.no_grad():
-        _, cache = model.run_with_cache(tokens)
-        return torch.stack(
-            [
-                sae.encode_routed(standardize(cache[f"blocks.{i}.hook_resid_post"][:, 1:].flatten(0, 1)).x)
-                for i in layers
-            ]
-        )
-
-
-@pytest.mark.parametrize("layers", [None, [0, 1, 5]])
-def test_profiles_against_a_naive_loop(tiny_hooked, tokens, layers):
-    sae = make_sae()
-    result = layer_profiles(sae, tiny_hooked, tokens, range(48), layers=layers, batch_size=2, progress=False)
-    assert result.layers == (layers or BLOCKS) and result.tokens == 55
-    assert (result.features, result.low, result.high) == (list(range(48)), [], [])
-    acts = activations(sae, tiny_hooked, tokens, result.layers)
-    for feature in range(48):
-        of_layers = acts[:, :, feature]
-        on = [t for t in range(55) if any(of_layers[i, t] > 0 for i in range(3))]
-        assert result.active_tokens[feature] == len(on)
-        means = [sum(float(of_layers[i, t]) for t in on) / max(len(on), 1) for i in range(3)]
-        assert result.mean_activation[feature] == pytest.approx(means, rel=1e-4, abs=1e-6)
-        if on:
-            assert result.profile[feature] == pytest.approx([m / max(means) for m in means], rel=1e-4)
-            assert result.peak[feature] == result.layers[means.index(max(means))]
-        else:
-            assert result.profile[feature] == [0, 0, 0] and result.peak[feature] is None
-    assert 0 in result.active_tokens and max(result.active_tokens) > 20
-
-
-def test_negative_latents_are_not_activations(tiny_hooked, tokens):
-    sae = make_sae(relu=False, k=32)  # more than are positive
-    result = layer_profiles(sae, tiny_hooked, tokens, range(48), progress=False)
-    acts = activations(sae, tiny_hooked, tokens, BLOCKS)
-    assert (acts < 0).any()
-    assert result.active_tokens == (acts > 0).any(0).sum(0).tolist()
-    sums = acts.clamp_min(0).double().sum(1).T / torch.tensor(result.active_tokens)[:, None].clamp_min(1)
-    torch.testing.assert_close(torch.tensor(result.mean_activation).double(), sums, rtol=1e-4, atol=1e-6)
-
-
-def test_learned_factors_of_layers_are_applied_and_undone(tiny_hooked, tokens):
-    sae = make_sae(layer_scale=True)
-    with torch.no_grad():
-        sae.router_log_scale.copy_(torch.tensor([0.5, 2.0, 0.25]).log())
-    result = layer_profiles(sae, tiny_hooked, tokens, range(48), layers=[0, 2, 4], progress=False)
-    with torch.no_grad():
-        _, cache = tiny_hooked.run_with_cache(tokens)
-        z = [standardize(cache[f"blocks.{i}.hook_resid_post"][:, 1:].flatten(0, 1)).x for i in (0, 2, 4)]
-        acts = [sae.encode_routed(x * f) / f for x, f in zip(z, (1.0, 2.0, 0.25), strict=True)]
-    sums = torch.stack(acts).double().sum(1).T / torch.tensor(result.active_tokens)[:, None].clamp_min(1)
-    torch.testing.assert_close(torch.tensor(result.mean_activation).double(), sums, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("rescale", [False, True])
-def test_crosscoder_profiles_are_what_features_write(tiny_hooked, tokens, rescale):
-    torch.manual_seed(0)
-    cfg = CrosscoderTopKSAEConfig(
-        d_in=96, d_sae=48, k=12, layers=BLOCKS, rescale_acts_by_decoder_norm=rescale
-    )
-    sae = CrosscoderTopKSAE(cfg)
-    with torch.no_grad():
-        sae.W_enc.normal_(std=0.2)
-        sae.W_dec.normal_(std=0.2).mul_(torch.rand(48, 1) + 0.5)
-    point = sae.mount(tiny_hooked)
-    features = [0, 7, 30, 41]
-    result = layer_profiles(sae, tiny_hooked, tokens, features, batch_size=2, progress=False)
-    with torch.no_grad():
-        stack = tiny_hooked.run_with_cache(tokens, names_filter=[point])[1][point][:, 1:].flatten(0, 1)
-        acts = sae.encode(stack)
-        nothing = sae.decode_layers(torch.zeros(1, 48))
-        for row, feature in enumerate(features):
-            on = acts[:, feature] > 0
-            assert result.active_tokens[row] == on.sum()
-            alone = torch.zeros_like(acts)
-            alone[:, feature] = acts[:, feature]
-            written = (sae.decode_layers(alone) - nothing)[on].norm(dim=-1).mean(0)
-            assert result.mean_activation[row] == pytest.approx(written.tolist(), rel=1e-4)
-            norms = sae.decoder_norms()[:, feature]
-            assert result.profile[row] == pytest.approx((norms / norms.max()).tolist(), rel=1e-4)
-    with pytest.raises(ValueError, match="reads all of its own layers"):
-        layer_profiles(sae, tiny_hooked, tokens, layers=[1, 2])
-
-
-def test_earliest_and_latest_features():
-    mean = torch.tensor(
-        [  # layers down, features across
-            [9.0, 5.0, 1.0, 0.0, 9.0, 2.0],
-            [1.0, 3.0, 9.0, 1.0, 0.0, 8.0],
-            [0.0, 4.0, 8.0, 9.0, 0.0, 1.0],
-        ]
-    ).double()
-    active = torch.tensor([10, 10, 12, 10, 9, 30])
-    # Peaks: 0, 0, 1, 2, (too rare), 1; the centre of mass decides between 0 and 1, and between 5 and 2.
-    assert _earliest_and_latest(mean, active, 2, 10) == ([0, 1], [3, 2])
-    assert _earliest_and_latest(mean, active, 1, 9) == ([4], [3])
-    assert _earliest_and_latest(mean, active, 9, 11) == ([5], [2])  # never a feature on both sides
-    with pytest.raises(ValueError, match=r"1 features are active on at least 13 .*the most active one on 30"):
-        _earliest_and_latest(mean, active, 2, 13)
-
-
-def test_the_choice_of_features(tiny_hooked, tokens):
-    sae = make_sae()
-    every = layer_profiles(sae, tiny_hooked, tokens, range(48), progress=False)
-    chosen = layer_profiles(sae, tiny_hooked, tokens, n_each=2, min_tokens=8, progress=False)
-    assert chosen.features == chosen.low + chosen.high and len(chosen.low) == len(chosen.high) == 2
-    assert chosen.profile == [every.profile[feature] for feature in chosen.features]
-    assert min(chosen.active_tokens) >= 8
-    frequent = [feature for feature in range(48) if every.active_tokens[feature] >= 8]
-    peaks = sorted(every.peak[feature] for feature in frequent)
-    assert [every.peak[feature] for feature in chosen.low] == peaks[:2]
-    assert [every.peak[feature] for feature in chosen.high] == peaks[:-3:-1]
-    assert peaks[0] < peaks[-1]
-
-
-def test_bad_profile_arguments(tiny_hooked, tokens):
-    sae = make_sae()
-    with pytest.raises(ValueError, match="expected a RouteSAE or a Crosscoder, got StandardSAE"):
-        layer_profiles(ordinary_sae("blocks.5.hook_resid_post"), tiny_hooked, tokens)
-    for features in ([], [48], [-1, 3]):
-        with pytest.raises(ValueError, match="non-empty list of latents 0 to 47"):
-            layer_profiles(sae, tiny_hooked, tokens, features)
-    with pytest.raises(ValueError, match="n_each and min_tokens must be 1 or more, got 0 and 10"):
-        layer_profiles(sae, tiny_hooked, tokens, n_each=0)
-    with pytest.raises(ValueError, match="between 0 and 5"):
-        layer_profiles(sae, tiny_hooked, tokens, layers=[2, 6])
-    with pytest.raises(ValueError, match="features are active on at least 1000"):
-        layer_profiles(sae, tiny_hooked, tokens, min_tokens=1000, progress=False)
-
-
-# --- Training ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:To copy construct", "ignore:the data holds", "ignore:end of the data")
-def test_shares_in_a_log_that_train_wrote(tiny_hooked, tmp_path: Path):
-    from datasets import Dataset
-
-    rows = torch.randint(64, (60, 16), generator=torch.Generator().manual_seed(0)).tolist()
-    configs = {
-        name: RouteTopKTrainingSAEConfig.for_model(tiny_hooked, layers=[1, 2, 4], d_sae=48, k=4, **options)
-        for name, options in {"a": {}, "fixed": {"routing": "fixed", "fixed_layer": 2}}.items()
-    }
-    result = train(
-        tiny_hooked,
-        configs,
-        Dataset.from_dict({"tokens": rows}),
-        output=tmp_path / "run",
-        training_tokens=12 * 32,
-        context_size=16,
-        batch_size=32,
-        log_every=5,
-    )
-    shares = training_shares(result.log, "a")
-    assert list(shares.columns) == ["step", "tokens", 1, 2, 4]
-    assert shares["step"].tolist() == [1, 5, 10, 12]
-    assert shares["tokens"].tolist() == [32, 160, 320, 384]
-    assert shares[[1, 2, 4]].sum(axis=1).tolist() == pytest.approx([1] * 4)
-    fixed = training_shares(str(result.log), "fixed", [2, 4])
-    assert fixed[2].tolist() == [1] * 4 and fixed[4].tolist() == [0] * 4
-
-
-def line(step: int, **shares: float) -> dict[str, Any]:
-    keys = {f"a/metrics/layer_share/{block[1:]}": share for block, share in shares.items()}
-    return {"step": step, "tokens": 32 * step} | keys
-
-
-def test_lines_without_shares_are_left_out():
-    lines = [line(1, b1=0.25, b12=0.75), {"step": 1, "tokens": 32, "a/eval/layer_share/1": 9.0}]
-    shares = training_shares([*lines, line(3, b1=1.0, b12=0.0)], "a")
-    assert shares.to_dict("list") == {"step": [1, 3], "tokens": [32, 96], 1: [0.25, 1.0], 12: [0.75, 0.0]}
-
-
-def test_a_line_that_is_still_being_written(tmp_path: Path):
-    path = tmp_path / "log.jsonl"
-    whole = json.dumps(line(1, b1=1.0)) + "\n"
-    path.write_text(whole + whole[:20])
-    assert len(training_shares(path, "a")) == 1
-    path.write_text(whole + whole[:20] + "\n")
-    with pytest.raises(ValueError, match=r"log.jsonl, line 2 is no JSON"):
-        training_shares(path, "a")
-
-
-def test_bad_logs(tmp_path: Path):
-    with pytest.raises(ValueError, match="there is no file"):
-        training_shares(tmp_path / "none.jsonl", "a")
-    with pytest.raises(ValueError, match=r"no layer shares of 'b'; it has those of: \['a'\]"):
-        training_shares([line(1, b1=1.0)], "b")
-    with pytest.raises(ValueError, match="those of: none"):
-        training_shares([], "b")
-    with pytest.raises(ValueError, match=r"shares of blocks \[1\], not of \[3\]"):
-        training_shares([line(1, b1=1.0)], "a", [1, 3])

@@ -99,6 +99,28 @@ def test_unscaled_is_the_authors_splice(model: Any):
     assert not torch.allclose(scaled, unscaled, atol=1e-3)
 
 
+@pytest.mark.parametrize("layers", [[2], [1, 4]])
+@pytest.mark.parametrize("scale_by_p", [True, False])
+def test_splice_layers_replace_every_token_whatever_its_route(
+    model: Any, layers: list[int], scale_by_p: bool
+):
+    sae = make_sae()
+    route = two_passes(model, sae).route
+    scale = route.scale if scale_by_p else torch.ones_like(route.scale)
+    hooks = [(layer_hook_name(model, i), lambda x, hook: reconstruct(sae, x, scale)) for i in layers]
+    expected = model.run_with_hooks(TOKENS, fwd_hooks=hooks)
+    logits, cache = model.run_with_cache_with_saes(
+        TOKENS, saes=sae, splice_layers=layers, scale_by_p=scale_by_p
+    )
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    assert [i for i in sae.layers if acts_name(model, sae, i) in cache] == layers
+    assert all((cache[acts_name(model, sae, i)].abs().sum(-1) > 0).all() for i in layers)
+    clean = model.run_with_saes(TOKENS, saes=sae, splice_layers=layers, use_error_term=True)
+    torch.testing.assert_close(clean, model(TOKENS), rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match=r"does not read: \[3\]; it reads \[1, 2, 4\]"):
+        model.add_sae(sae, splice_layers=[2, 3])
+
+
 def test_the_authors_reference_numbers(shared: Any):
     folder = shared / "golden" / "routesaes"
     golden = load_file(folder / "tensors.safetensors")
@@ -288,22 +310,37 @@ def test_gradients_flow_through_the_splice_and_routes_are_constants(model: Any):
     hooks = [(first, cut)] + [(acts_name(model, sae, layer), catch) for layer in sae.layers]
     logits = model.run_with_hooks_with_saes(TOKENS, saes=sae, fwd_hooks=hooks)
     logits.square().sum().backward()
-    assert len(latents) == 3 and len(leaf) == 2  # both passes go through layer 0
+    # Block 0 runs once for both passes, but on the bridge, which shares nothing while gradients are on.
+    assert len(latents) == 3 and len(leaf) == (1 if isinstance(model, HookedRouteSAETransformer) else 2)
     routes = model.last_routes.copy()
     for index, acts in enumerate(latents):
         grad = acts.grad
         assert grad is not None
         [route] = routes.values()
         assert torch.equal(grad.abs().sum(-1) > 0, route.layer == index)
-    assert leaf[0].grad is None and leaf[1].grad is not None and leaf[1].grad.abs().max() > 0
+    assert all(x.grad is None for x in leaf[:-1])  # of the routing pass
+    got = leaf[-1].grad
+    assert got is not None and got.abs().max() > 0
     assert sae.W_router.grad is None and sae.W_dec.grad is not None
     assert not any(field.requires_grad for route in routes.values() for field in route)
 
     # The same gradient as with the routes given as plain numbers.
-    got = leaf[1].grad
     leaf.clear()
     [route] = routes.values()
     keep = torch.ones_like(TOKENS, dtype=torch.bool)
     again = model.run_with_hooks(TOKENS, fwd_hooks=[(first, cut), *splice_hooks(sae, model, route, keep)])
     again.square().sum().backward()
     torch.testing.assert_close(got, leaf[0].grad, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_are_the_same_with_and_without_a_shared_prefix(model: Any):
+    sae = make_sae()
+    gradients = []
+    for share in (True, False):
+        model.share_prefix = share
+        model.zero_grad()
+        model.run_with_saes(TOKENS, saes=sae).square().sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 10
+    for name, grad in gradients[0].items():
+        torch.testing.assert_close(grad, gradients[1][name], rtol=1e-4, atol=1e-3)

@@ -1,4 +1,4 @@
-"""Attaching RouteSAEs to models, and what forward and generate refuse."""
+"""Attaching RouteSAEs to models, and what forward refuses."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def test_a_model_of_another_class_is_not_turned_into_ours(tiny_hooked: Any, tiny
         assert type(model) is own
 
 
-# --- Forward's arguments and generation --------------------------------------------------------------
+# --- Forward's arguments --------------------------------------------------------------------------
 
 
 def test_starting_and_stopping_on_hookedtransformer(hooked: HookedRouteSAETransformer):
@@ -260,53 +260,14 @@ def test_the_bridge_refuses_what_it_cannot_do(bridge: RouteSAETransformerBridge)
     sae = make_sae((1, 2, 4))
     with bridge.saes(sae):
         logits = bridge(TOKENS)
-        for option in (
-            {"start_at_layer": 0},
-            {"stop_at_layer": 3},
-            {"use_cache": True},
-            {"past_key_values": ()},
-        ):
+        for option in ({"start_at_layer": 0}, {"stop_at_layer": 3}):
             with pytest.raises(NotImplementedError, match=next(iter(option))):
                 bridge(TOKENS, **option)
         with pytest.raises(RuntimeError, match="routing pass ended"):
             bridge.run_with_cache(TOKENS, stop_at_layer=3)
-        for method in ("generate", "generate_stream", "hf_generate", "diffusion_generate"):
-            with pytest.raises(NotImplementedError, match=method):
-                getattr(bridge, method)(TOKENS)
         with pytest.raises(RuntimeError, match="no routes"):
             bridge.original_model(TOKENS)
         torch.testing.assert_close(bridge(TOKENS, "logits"), logits, rtol=0, atol=0)
-    tokens = bridge.generate(
-        TOKENS[:1], max_new_tokens=2, do_sample=False, verbose=False, return_type="tokens"
-    )
-    assert tokens.shape == (1, 11)
-
-
-@pytest.mark.parametrize("routing", ["hard", "random"])
-def test_uncached_generation_equals_a_forward_for_every_token(
-    hooked: HookedRouteSAETransformer, routing: str
-):
-    sae = make_sae(routing=routing, metadata={"seqpos_slice": (1, None)})
-    special = [int(TOKENS[0, 3])]
-    options: dict[str, Any] = {
-        "max_new_tokens": 6,
-        "do_sample": False,
-        "stop_at_eos": False,
-        "verbose": False,
-    }
-    clean = hooked.generate(TOKENS, **options)
-    with hooked.saes(sae, exclude_special_tokens=special):
-        expected = TOKENS
-        for _ in range(6):
-            expected = torch.cat([expected, hooked(expected)[:, -1:].argmax(-1)], dim=1)
-        assert torch.equal(hooked.generate(TOKENS, use_past_kv_cache=False, **options), expected)
-        with pytest.raises(NotImplementedError, match="use_past_kv_cache=False"):
-            hooked.generate(TOKENS, **options)
-        with pytest.raises(NotImplementedError, match="use_past_kv_cache=False"):
-            next(iter(hooked.generate_stream(TOKENS, max_new_tokens=2)))
-        assert torch.equal(hooked.generate(TOKENS, use_past_kv_cache=False, **options), expected)
-    assert not torch.equal(expected, clean)
-    assert torch.equal(hooked.generate(TOKENS, **options), clean)
 
 
 def test_views_are_saes_for_saelens(model: Any):

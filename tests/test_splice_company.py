@@ -17,7 +17,7 @@ from spliced import (
     two_passes,
 )
 
-from routesae_lens.hook_points import layer_hook_name, mounted_points, unmount_layers
+from routesae_lens.hook_points import layer_hook_name, mount_layers, mounted_points, unmount_layers
 from routesae_lens.splice.hooked import HookedRouteSAETransformer, RouteSAETransformerBridge
 from routesae_lens.splice.replace import splice_hooks
 
@@ -153,22 +153,46 @@ def test_user_hooks_on_the_stream_are_seen_by_router_and_splice(model: Any):
         assert not torch.allclose(expected, model.run_with_saes(TOKENS, saes=sae), atol=1e-2)
 
 
-def test_the_model_keeps_its_parameters_and_only_one_pass_is_added(model: Any):
+def test_the_model_keeps_its_parameters(model: Any):
     sae = make_sae((1, 3))
     parameters = [id(parameter) for parameter in model.parameters()]
     names = set(model.state_dict())
-    ran: list[int] = []
-    handles = [
-        block.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, block in enumerate(model.blocks)
-    ]
     with model.saes(sae):
         assert [id(parameter) for parameter in model.parameters()] == parameters
         assert set(model.state_dict()) == names
         assert not {id(p) for p in sae.parameters()} & set(parameters)
-        model(TOKENS)
-    for handle in handles:
-        handle.remove()
-    assert ran == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("share", [True, False])
+def test_hooks_below_the_first_layer_that_is_read_fire_once(model: Any, share: bool, gradients: bool):
+    """With ``share_prefix``; the bridge shares only while gradients are off. The results are the same."""
+    sae = make_sae((2, 3))
+    shared = share and (not gradients or isinstance(model, HookedRouteSAETransformer))
+    fired: list[int] = []
+
+    def shift(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        fired.append(int(hook.name.split(".")[1]))
+        return x + 0.3  # both passes have to see it
+
+    model.share_prefix = share
+    hooks = [(layer_hook_name(model, layer), shift) for layer in range(6) if layer not in (2, 3)]
+    with torch.set_grad_enabled(gradients):
+        logits = model.run_with_hooks_with_saes(TOKENS, saes=sae, fwd_hooks=hooks)
+    assert fired == [*([0, 1] if shared else [0, 1, 0, 1]), 4, 5]
+    with model.hooks(fwd_hooks=hooks):
+        expected = two_passes(model, sae).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+def test_another_multi_layer_hook_point_that_is_heard_gets_all_its_layers(model: Any):
+    """Its layers may lie below and above the shared prefix, so nothing is shared then."""
+    point = mount_layers(model, [0, 1, 4])
+    sae = make_sae((2, 3))
+    with torch.no_grad():
+        _, cache = model.run_with_cache_with_saes(TOKENS, saes=sae)
+        singles = [cache[layer_hook_name(model, layer)] for layer in (0, 1, 4)]
+    torch.testing.assert_close(cache[point], torch.cat(singles, dim=-1), rtol=0, atol=0)
 
 
 def test_run_with_cache_shows_the_spliced_pass(model: Any):

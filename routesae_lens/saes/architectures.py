@@ -9,8 +9,7 @@ To add one, derive config and SAE from the stock ones as below, and add them to 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,70 +38,43 @@ from sae_lens import (
 )
 from sae_lens.registry import register_sae_class, register_sae_training_class
 from sae_lens.saes.sae import SAEConfig, TrainStepInput
-from torch import Tensor, nn
+from torch import Tensor
 
 from routesae_lens.saes.fast_topk import FastTopK
 from routesae_lens.saes.route_sae import RouteFields, RouteSAE, RouteTrainingFields, RouteTrainingSAE
-
-
-class SignedTopK(nn.Module):
-    """The k largest pre-activations, negative ones included (the authors' TopK has no ReLU)."""
-
-    def __init__(self, k: int):
-        super().__init__()
-        self.k = k
-
-    def forward(self, x: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-        top = torch.topk(x, k=self.k, dim=-1, sorted=False)
-        return torch.zeros_like(x).scatter(-1, top.indices, top.values)
-
+from routesae_lens.saes.signed_topk import ReLUField, ReLUOption
 
 # --- TopK ------------------------------------------------------------------------------------------
 
 
 @dataclass
-class RouteTopKSAEConfig(RouteFields, TopKSAEConfig):
+class RouteTopKSAEConfig(ReLUField, RouteFields, TopKSAEConfig):
     """Config of :class:`RouteTopKSAE`. ``relu=False`` keeps negative latents among the k, as the authors do."""
-
-    relu: bool = field(default=True, kw_only=True)
 
     @classmethod
     def architecture(cls) -> str:
         return "route_topk"
 
 
-class RouteTopKSAE(RouteSAE, TopKSAE):
+class RouteTopKSAE(ReLUOption, RouteSAE, TopKSAE):
     """RouteSAE with a TopK SAE: the paper's."""
 
     shared_class = TopKSAE
     shared_config = TopKSAEConfig
 
-    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
-        return super().get_activation_fn() if self.cfg.relu else SignedTopK(self.cfg.k)
-
 
 @dataclass(kw_only=True)
-class RouteTopKTrainingSAEConfig(RouteTrainingFields, TopKTrainingSAEConfig):
+class RouteTopKTrainingSAEConfig(ReLUField, RouteTrainingFields, TopKTrainingSAEConfig):
     """Config of :class:`RouteTopKTrainingSAE`: the router's fields, ``relu``, and SAELens' TopK fields."""
-
-    relu: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.relu and self.use_sparse_activations:
-            raise ValueError("use_sparse_activations does not go with relu=False")
 
     @classmethod
     def architecture(cls) -> str:
         return "route_topk"
 
 
-class RouteTopKTrainingSAE(RouteTrainingSAE, FastTopK, TopKTrainingSAE):
+class RouteTopKTrainingSAE(ReLUOption, RouteTrainingSAE, FastTopK, TopKTrainingSAE):
     def autoencode_routed(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         return self.fast_autoencode(x) if self._computable() else super().autoencode_routed(x)
-
-    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
-        return super().get_activation_fn() if self.cfg.relu else SignedTopK(self.cfg.k)
 
 
 # --- JumpReLU: also what BatchTopK and Matryoshka become ----------------------------------------------

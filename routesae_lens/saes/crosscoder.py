@@ -19,8 +19,7 @@ over the layers alone. The L1 penalty sums the norms of the layers instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,8 +44,8 @@ from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput, _disab
 from torch import Tensor
 
 from routesae_lens.hook_points import join_layers, split_layers
-from routesae_lens.saes.architectures import SignedTopK
 from routesae_lens.saes.fast_topk import FastTopK
+from routesae_lens.saes.signed_topk import ReLUField, ReLUOption
 from routesae_lens.saes.stack import StackFields, StackSAE, StackTrainingFields, StackTrainingSAE
 
 
@@ -160,40 +159,29 @@ class CrosscoderTrainingSAE(Crosscoded, StackTrainingSAE):
 
 
 @dataclass
-class CrosscoderTopKSAEConfig(StackFields, TopKSAEConfig):
+class CrosscoderTopKSAEConfig(ReLUField, StackFields, TopKSAEConfig):
     """Config of :class:`CrosscoderTopKSAE`. ``relu=False`` keeps negative latents among the k."""
-
-    relu: bool = field(default=True, kw_only=True)
 
     @classmethod
     def architecture(cls) -> str:
         return "crosscoder_topk"
 
 
-class CrosscoderTopKSAE(Crosscoder, TopKSAE):
-    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
-        return super().get_activation_fn() if self.cfg.relu else SignedTopK(self.cfg.k)
+class CrosscoderTopKSAE(ReLUOption, Crosscoder, TopKSAE):
+    pass
 
 
 @dataclass(kw_only=True)
-class CrosscoderTopKTrainingSAEConfig(CrosscoderTrainingFields, TopKTrainingSAEConfig):
+class CrosscoderTopKTrainingSAEConfig(ReLUField, CrosscoderTrainingFields, TopKTrainingSAEConfig):
     """Config of :class:`CrosscoderTopKTrainingSAE`: layers, loss, ``relu``, and SAELens' TopK fields."""
-
-    relu: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.relu and self.use_sparse_activations:
-            raise ValueError("use_sparse_activations does not go with relu=False")
 
     @classmethod
     def architecture(cls) -> str:
         return "crosscoder_topk"
 
 
-class CrosscoderTopKTrainingSAE(CrosscoderTrainingSAE, FastTopK, TopKTrainingSAE):
-    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
-        return super().get_activation_fn() if self.cfg.relu else SignedTopK(self.cfg.k)
+class CrosscoderTopKTrainingSAE(ReLUOption, CrosscoderTrainingSAE, FastTopK, TopKTrainingSAE):
+    pass
 
 
 # --- BatchTopK, and the JumpReLU that it becomes -----------------------------------------------------

@@ -282,8 +282,8 @@ class Attaching:
         """Context manager: the SAEs attached inside, and what was there before restored at its end.
 
         Takes SAEs, RouteSAEs and Crosscoders; arguments and errors as in :meth:`add_sae` (``scale_by_p`` is
-        for the RouteSAEs among them, ``splice_layers`` for RouteSAEs and Crosscoders, of which there must
-        then be one). ``reset_saes_end=False`` leaves them attached.
+        for the RouteSAEs among them, ``splice_layers`` for each RouteSAE and Crosscoder, of which there
+        must then be one). ``reset_saes_end=False`` leaves them attached.
         """
         listed = [saes] if isinstance(saes, SAE) else list(saes)
         if splice_layers is not None and not any(isinstance(sae, StackSAE) for sae in listed):

@@ -155,6 +155,23 @@ class HookedRouteSAETransformer(Steering, HookedSAETransformer):
             ones[:, : running.prompt] = get_attention_mask(self.tokenizer, prompt, bos)
         return {"attention_mask": ones}
 
+    def _token_masks(self, input: Any, kwargs: dict[str, Any]) -> Any:
+        """SAELens' bypass of special tokens at ordinary SAEs, by the token ids where it sees a stream only."""
+        if kwargs.get("start_at_layer") is None:
+            return super()._token_masks(input, kwargs)
+        window = self.__dict__.get("_window")
+        tokens = self._embedded_ids(input, kwargs) if window is None else window.tokens
+        bypassing = [
+            name for name, on in self._saes_by_hook.items() if on.exclude_special_tokens is not False
+        ]
+        if tokens is None and bypassing:
+            raise ValueError(
+                f"the SAEs at {', '.join(bypassing)} leave special tokens alone, but the model was given embeddings, "
+                "not token ids. Give token ids (forward also takes tokens=...), or attach with "
+                "exclude_special_tokens=False."
+            )
+        return super()._token_masks(tokens if tokens is not None else input, kwargs)
+
     def _embedded_ids(self, input: Any, kwargs: dict[str, Any]) -> Int[Tensor, "batch pos"] | None:
         """Token ids of a residual stream, where they are known."""
         if kwargs.get("start_at_layer") is None:
@@ -255,6 +272,39 @@ class RouteSAETransformerBridge(Steering, SAETransformerBridge):
             "SAETransformerBridge has no exclude_special_tokens for ordinary SAEs, only for RouteSAEs and "
             "Crosscoders"
         )
+
+    # SAEs stand where hook points were, and the bridge takes them for hook points when it resets.
+
+    def hook_points(self) -> list[HookPoint]:
+        """All registered hook points."""
+        return [point for point in super().hook_points() if isinstance(point, HookPoint)]
+
+    def clear_contexts(self) -> None:
+        """Clear the stored ``ctx`` on every hook point."""
+        for point in self.hook_points():
+            point.clear_context()
+
+    def remove_all_hook_fns(
+        self, direction: Any = "both", including_permanent: bool = False, level: int | None = None
+    ) -> None:
+        """Remove hook functions from every hook point."""
+        for point in self.hook_points():
+            point.remove_hooks(dir=direction, including_permanent=including_permanent, level=level)
+
+    def reset_hooks(
+        self,
+        clear_contexts: bool = True,
+        direction: Any = "both",
+        including_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
+        """Remove hooks; SAEs stay attached, and steering goes on unless ``including_permanent``."""
+        if clear_contexts:
+            self.clear_contexts()
+        self.remove_all_hook_fns(direction, including_permanent=including_permanent, level=level)
+        for point in self.modules():  # those that are not registered
+            if isinstance(point, HookPoint):
+                point.remove_hooks(dir=direction, including_permanent=including_permanent, level=level)
 
     def _check_forward(self, kwargs: dict[str, Any], layers: tuple[int, int] | None) -> None:
         given = [key for key in ("start_at_layer", "stop_at_layer") if kwargs.get(key) is not None]

@@ -2,13 +2,14 @@
 
 A RouteSAE is one SAE on several layers, but SAELens attaches one SAE object, with one set of hook
 points, to one hook. A *layer view* is a stock inference SAE on the parameters of the RouteSAE with hook
-points of its own; :class:`LayerSplice` runs it on the tokens that are routed to its layer.
+points of its own; :class:`LayerSplice` runs it on the tokens that are routed to its layer. (For SAEs that
+read the model's raw activations outside a splice see ``saes/layer_views.py``.)
 :class:`StackSplice` is what it shares with the Crosscoder's (``splice/crosscoder.py``).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from sae_lens.saes.sae import SAEMetadata, _disable_hooks
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from routesae_lens.saes.layer_views import stock_config
 from routesae_lens.saes.route_sae import RouteSAE
 from routesae_lens.splice.replace import reconstruct
 
@@ -79,18 +81,10 @@ def layer_view(sae: RouteSAE, hook_name: str, rows: Rows | None = None) -> SAE[A
     Returns:
         an SAE of class ``sae.shared_class`` whose six hook points are :class:`RoutedHookPoint`.
     """
-    given = {field.name: getattr(sae.cfg, field.name) for field in fields(sae.shared_config)}
     metadata = {
         key: value for key, value in sae.cfg.metadata.items() if key != "model_from_pretrained_kwargs"
     }
-    cfg: Any = sae.shared_config(
-        **given
-        | {
-            "d_in": sae.cfg.d_model,
-            "device": "meta",  # so that the weights below cost nothing until they are replaced
-            "metadata": SAEMetadata(**metadata | {"hook_name": hook_name}),
-        }
-    )
+    cfg = stock_config(sae, SAEMetadata(**metadata | {"hook_name": hook_name}))
     view = sae.shared_class(cfg)
     view._parameters, view._buffers = sae._parameters, sae._buffers
     view.activation_fn = sae.activation_fn

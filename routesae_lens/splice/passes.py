@@ -175,22 +175,11 @@ class HookedPasses:
             x, start_at_layer=start, stop_at_layer=stop, past_kv_cache=cache, return_type=None, **self.options
         )
 
-    def routing(self) -> None:
-        """The clean pass up to the last layer that is read; with sharing, the prefix for both passes."""
+    def prefix(self) -> None:
+        """The blocks below the first layer that is read, for both passes (with their gradients)."""
         assert self.layers is not None
-        first, last = self.layers
-        record = begun(self.cache)
-        clean = None if record is None else record.clean
-        if clean is not None:
-            assert self.cache is not None
-            # Below the first layer there is one past for both; these entries are read here, never kept.
-            clean.entries[:first] = [copy.copy(entry) for entry in self.cache.entries[:first]]
-            for entry in clean.entries:
-                entry.frozen = self.cache.frozen
-        if not self.share:
-            self._blocks(self.residual, self.start_at, last + 1, clean)
-            return
-        if first > self.start_at:
+        first = self.layers[0]
+        if self.share and first > self.start_at:
             self.residual = self.forward(
                 self.residual,
                 start_at_layer=self.start_at,
@@ -200,7 +189,25 @@ class HookedPasses:
                 **self.options,
             )
             self.start_at = first
-        self._blocks(self.residual, first, last + 1, clean)
+
+    def routing(self) -> None:
+        """The clean pass up to the last layer that is read."""
+        assert self.layers is not None
+        record = begun(self.cache)
+        clean = None if record is None else record.clean
+        below = []
+        if clean is not None:
+            assert self.cache is not None
+            for entry in clean.entries:
+                entry.frozen = self.cache.frozen
+            # Below the first layer there is one past for both. It is lent here, and grows in the spliced pass.
+            below = clean.entries[: self.layers[0]]
+            clean.entries[: len(below)] = [copy.copy(entry) for entry in self.cache.entries[: len(below)]]
+        try:
+            self._blocks(self.residual, self.start_at, self.layers[1] + 1, clean)
+        finally:
+            if clean is not None:
+                clean.entries[: len(below)] = below
 
     def spliced(self) -> Any:
         """The pass whose result the caller gets."""
@@ -274,6 +281,9 @@ class BridgePasses:
 
     def _new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.model.original_model.config.get_text_config(decoder=True))
+
+    def prefix(self) -> None:
+        """Nothing: what the shared blocks give is kept in the routing pass."""
 
     @torch.no_grad()
     def routing(self) -> None:

@@ -148,6 +148,7 @@ class RouteSplicing(Attaching):
             self.__dict__["_window"] = passes.window
             splicing.callback(self.__dict__.pop, "_window")
             if layers is not None:
+                passes.prefix()
                 read = self._routing_pass(passes)
                 self.__dict__["_last_routes"] = {
                     point: route for point, route in read.items() if isinstance(route, Route)
@@ -174,6 +175,13 @@ class RouteSplicing(Attaching):
                 raise RuntimeError(
                     f"the routing pass ended before {point} fired, so tokens cannot be routed. Was it stopped "
                     "by a hook, or by run_with_cache(..., stop_at_layer=...) on a bridge?"
+                )
+            broken = torch.isnan(stacks[point]).any(-1) & passes.window.real.to(stacks[point].device)
+            if broken.any():
+                raise ValueError(
+                    f"{int(broken.sum())} tokens have NaN activations in the model's own stream at {point}, so they "
+                    "cannot be routed. (A TransformerBridge in float64 gives NaN for padded batches: use float32, "
+                    "HookedRouteSAETransformer, or one prompt at a time.)"
                 )
         return {
             point: attached.read(stacks.pop(point), passes.window)
@@ -277,25 +285,25 @@ class RouteSplicing(Attaching):
             point.listening for name, point in points.items() if name not in self._attached
         )
 
-    def run_with_hooks(self, *args: Any, bwd_hooks: Any = (), **kwargs: Any) -> Any:
+    def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own ``run_with_hooks``.
 
         Raises:
             ValueError: backward hooks while gradients are off and something is attached: they would not fire.
         """
-        self._check_gradients(bool(bwd_hooks), "bwd_hooks")
+        self._check_gradients(bool(kwargs.get("bwd_hooks")), "bwd_hooks")
         parent: Any = super()
-        return parent.run_with_hooks(*args, bwd_hooks=list(bwd_hooks), **kwargs)
+        return parent.run_with_hooks(*args, **kwargs)
 
-    def run_with_cache(self, *args: Any, incl_bwd: bool = False, **kwargs: Any) -> Any:
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own ``run_with_cache``; the cache is that of the spliced pass.
 
         Raises:
             ValueError: ``incl_bwd`` while gradients are off and something is attached.
         """
-        self._check_gradients(incl_bwd, "incl_bwd=True")
+        self._check_gradients(bool(kwargs.get("incl_bwd")), "incl_bwd=True")
         parent: Any = super()
-        return parent.run_with_cache(*args, incl_bwd=incl_bwd, **kwargs)
+        return parent.run_with_cache(*args, **kwargs)
 
     def _check_gradients(self, wanted: bool, argument: str) -> None:
         if wanted and (self._attached or self._steerings) and not torch.is_grad_enabled():

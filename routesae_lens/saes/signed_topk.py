@@ -1,0 +1,47 @@
+"""TopK with or without a ReLU: ``relu=False`` keeps negative latents among the k, as the authors' code does.
+
+Shared by every TopK SAE on a stack. Both classes stand before the others in a list of bases: then ``relu`` is the
+last field of a config, and SAELens' own activation is what ``super()`` gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from routesae_lens.saes.stack import StackFields, StackSAE
+
+
+class SignedTopK(nn.Module):
+    """The k largest pre-activations, negative ones included (the authors' TopK has no ReLU)."""
+
+    def __init__(self, k: int):
+        super().__init__()
+        self.k = k
+
+    def forward(self, x: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        top = torch.topk(x, k=self.k, dim=-1, sorted=False)
+        return torch.zeros_like(x).scatter(-1, top.indices, top.values)
+
+
+@dataclass(kw_only=True)
+class ReLUField(StackFields):
+    """The option ``relu`` of a config, in training and at inference."""
+
+    relu: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.relu and getattr(self, "use_sparse_activations", False):
+            raise ValueError("use_sparse_activations does not go with relu=False")
+
+
+class ReLUOption(StackSAE):
+    """Its effect on a TopK SAE."""
+
+    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
+        return super().get_activation_fn() if self.cfg.relu else SignedTopK(self.cfg.k)
