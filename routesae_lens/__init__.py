@@ -6,6 +6,7 @@ model -> multi-layer hook point -> route -> shared SAE -> trainer -> splice -> e
 
 from importlib.metadata import version
 
+from routesae_lens.analysis.completions import Completion, GenerationOptions, complete
 from routesae_lens.analysis.evaluate import SpliceEvaluator, evaluate, evaluate_all, held_out_tokens
 from routesae_lens.analysis.feature_set import (
     BlockActivity,
@@ -18,7 +19,15 @@ from routesae_lens.analysis.feature_set import (
 from routesae_lens.analysis.features import collect_features
 from routesae_lens.analysis.layer_profiles import LayerProfiles, layer_profiles
 from routesae_lens.analysis.metrics import Evaluation, kl_per_token
+from routesae_lens.analysis.prompts import Prompt
 from routesae_lens.analysis.routing import RoutingProfile, analyse_routing, training_shares
+from routesae_lens.analysis.steering import (
+    DoseResponse,
+    DoseRow,
+    SteeredPair,
+    dose_response,
+    steer_completions,
+)
 from routesae_lens.analysis.stream import Batch, kept_tokens, read_batches, subjects_of
 from routesae_lens.analysis.token_classes import TOKEN_CLASSES, class_table, token_class
 from routesae_lens.backends import backend_of
@@ -33,6 +42,14 @@ from routesae_lens.hook_points import (
     unmount_layers,
 )
 from routesae_lens.models import default_device, load_model
+from routesae_lens.report.agreement import Agreement, agreement, plot_agreement
+from routesae_lens.report.endpoint_judge import EndpointJudge
+from routesae_lens.report.interpret import Estimate, estimate_interpretation, interpret, sample_features
+from routesae_lens.report.interpretations import Interpretations, MeanScore, Usage
+from routesae_lens.report.judges import Judge, JudgeError, JudgeRefused, Reply
+from routesae_lens.report.local_judge import LocalJudge
+from routesae_lens.report.people_form import read_form, write_form
+from routesae_lens.report.prompt import Interpretation, build_prompt, parse_answer
 from routesae_lens.saes.architectures import (
     ROUTE_ARCHITECTURES,
     RouteBatchTopKTrainingSAE,
@@ -95,8 +112,10 @@ __all__ = [
     "TOKEN_CLASSES",
     "Ablate",
     "Add",
+    "Agreement",
     "Batch",
     "BlockActivity",
+    "Completion",
     "Context",
     "Crosscoder",
     "CrosscoderBatchTopKTrainingSAE",
@@ -111,15 +130,29 @@ __all__ = [
     "CrosscoderTopKSAEConfig",
     "CrosscoderTopKTrainingSAE",
     "CrosscoderTopKTrainingSAEConfig",
+    "DoseResponse",
+    "DoseRow",
     "Edit",
+    "EndpointJudge",
+    "Estimate",
     "Evaluation",
     "Feature",
     "FeatureRule",
     "FeatureSet",
+    "GenerationOptions",
     "HookedRouteSAETransformer",
+    "Interpretation",
+    "Interpretations",
+    "Judge",
+    "JudgeError",
+    "JudgeRefused",
     "LayerProfiles",
+    "LocalJudge",
+    "MeanScore",
     "MemoryEstimate",
     "Method",
+    "Prompt",
+    "Reply",
     "Route",
     "RouteBatchTopKTrainingSAE",
     "RouteBatchTopKTrainingSAEConfig",
@@ -148,18 +181,25 @@ __all__ = [
     "Scale",
     "Set",
     "SpliceEvaluator",
+    "SteeredPair",
     "SweepConfig",
     "SweepResult",
     "TrainingInterrupted",
     "TrainingResult",
+    "Usage",
+    "agreement",
     "analyse_routing",
     "backend_of",
+    "build_prompt",
     "class_table",
     "collect_features",
+    "complete",
     "default_device",
     "default_layers",
     "demo_model_path",
     "demo_text_path",
+    "dose_response",
+    "estimate_interpretation",
     "estimate_memory",
     "evaluate",
     "evaluate_all",
@@ -167,6 +207,7 @@ __all__ = [
     "from_authors_checkpoint",
     "held_out_tokens",
     "inference_form",
+    "interpret",
     "join_layers",
     "kept_tokens",
     "kl_per_token",
@@ -176,11 +217,16 @@ __all__ = [
     "make_config",
     "mount_layers",
     "mounted_points",
+    "parse_answer",
     "parse_layers",
+    "plot_agreement",
     "read_batches",
+    "read_form",
+    "sample_features",
     "splice_hooks",
     "split_layers",
     "standardize",
+    "steer_completions",
     "subjects_of",
     "sweep",
     "token_class",
@@ -188,5 +234,6 @@ __all__ = [
     "training_shares",
     "unmount_layers",
     "with_routing",
+    "write_form",
 ]
 __version__ = version("routesae-lens")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import typer
 
+from routesae_lens.cli.interpret_command import agreement, interpret
+from routesae_lens.cli.report_command import report
+from routesae_lens.cli.steer_command import steer
 from routesae_lens.cli.sweep_command import sweep
 from routesae_lens.cli.train_command import train
 
@@ -15,3 +18,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(sweep)
+app.command()(steer)
+app.command()(report)
+app.command()(interpret)
+app.command()(agreement)
