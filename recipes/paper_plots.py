@@ -56,7 +56,12 @@ def _panels(columns: int, size: tuple[float, float], rows: int = 1, **shared: bo
 
 
 def frontier(runs: pd.DataFrame, metric: str, y_label: str) -> Figure | None:
-    """A metric against L0, mean and 95 % interval over seeds (figures 4, 6 and 12): the core, then all methods."""
+    """A metric against L0, mean and 95 % interval over seeds (figures 4, 6 and 12): the core, then all methods.
+
+    SAEs with less than one active latent per token are left out, and named.
+    """
+    idle = [NAMES[m] for m in STYLES if (runs.loc[runs["method"] == m, "l0"] < 1).any()]
+    runs = runs[~(runs["l0"] < 1)]
     shown = [m for m in STYLES if runs.loc[runs["method"] == m, metric].notna().any()]
     if not shown:
         return None
@@ -96,7 +101,8 @@ def frontier(runs: pd.DataFrame, metric: str, y_label: str) -> Figure | None:
     axes[0, 0].set_ylabel(y_label)
     if len(panels) > 1:
         axes[0, 0].set_title("core, 95 % interval over seeds", fontsize=10)
-        axes[0, 1].set_title("all methods, means", fontsize=10)
+        left_out = f"\n(without {', '.join(idle)}: L0 below 1)" if idle else ""
+        axes[0, 1].set_title(f"all methods, means{left_out}", fontsize=10)
     figure.legend(loc="outside right upper", frameon=False)
     return figure
 

@@ -121,10 +121,10 @@ def figure(found: Sequence[dict[str, Any]]) -> Figure:
     panels = {
         "kl": ("KL(clean ‖ steered), nats per token", "control_kl"),
         "firing": ("share of tokens it fires on", "firing_control"),
-        "own": ("share of completions with own tokens", "own_control"),
+        "own": ("share of completions\nwith own tokens", "own_control"),
         "perplexity": ("perplexity under the clean model", "control_perplexity"),
         "activation": ("activation in a clean reading", None),
-        "next": ("share of tokens expected after own tokens", "next_control"),
+        "next": ("share of tokens expected\nafter own tokens", "next_control"),
     }
     drawn, axes = plt.subplots(2, 3, figsize=(12.5, 6.4), layout="constrained", sharex=True)
     for axis, (name, (title, control)) in zip(axes.flat, panels.items(), strict=True):
@@ -139,6 +139,8 @@ def figure(found: Sequence[dict[str, Any]]) -> Figure:
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)
     axes[1, 0].set_yscale("log")
+    axes[1, 0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes[1, 0].yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
     for axis in axes[1]:
         axis.set_xlabel("strength (in units of the feature's maximum)")
     handles, labels = axes[0, 0].get_legend_handles_labels()

@@ -30,6 +30,7 @@ from routesae_lens.analysis.steering import (
 )
 from routesae_lens.analysis.stream import Batch, kept_tokens, read_batches, subjects_of
 from routesae_lens.analysis.token_classes import TOKEN_CLASSES, class_table, token_class
+from routesae_lens.analysis.view_differences import ViewDifference, compare_views
 from routesae_lens.backends import backend_of
 from routesae_lens.demo import demo_model_path, demo_text_path
 from routesae_lens.hook_points import (
@@ -48,6 +49,7 @@ from routesae_lens.report.interpret import Estimate, estimate_interpretation, in
 from routesae_lens.report.interpretations import Interpretations, MeanScore, Usage
 from routesae_lens.report.judges import Judge, JudgeError, JudgeRefused, Reply
 from routesae_lens.report.local_judge import LocalJudge
+from routesae_lens.report.page import Report, write_report
 from routesae_lens.report.people_form import read_form, write_form
 from routesae_lens.report.prompt import Interpretation, build_prompt, parse_answer
 from routesae_lens.saes.architectures import (
@@ -90,6 +92,7 @@ from routesae_lens.saes.crosscoder import (
     CrosscoderTopKTrainingSAE,
     CrosscoderTopKTrainingSAEConfig,
 )
+from routesae_lens.saes.hub import load_from_hub, model_card, push_to_hub
 from routesae_lens.saes.route_sae import RouteSAE, RouteTrainingSAE, inference_form, with_routing
 from routesae_lens.saes.router import AGGREGATORS, ROUTINGS, Route, standardize
 from routesae_lens.splice.edits import Ablate, Add, Edit, Scale, Set
@@ -153,6 +156,7 @@ __all__ = [
     "Method",
     "Prompt",
     "Reply",
+    "Report",
     "Route",
     "RouteBatchTopKTrainingSAE",
     "RouteBatchTopKTrainingSAEConfig",
@@ -187,12 +191,14 @@ __all__ = [
     "TrainingInterrupted",
     "TrainingResult",
     "Usage",
+    "ViewDifference",
     "agreement",
     "analyse_routing",
     "backend_of",
     "build_prompt",
     "class_table",
     "collect_features",
+    "compare_views",
     "complete",
     "default_device",
     "default_layers",
@@ -212,14 +218,17 @@ __all__ = [
     "kept_tokens",
     "kl_per_token",
     "layer_profiles",
+    "load_from_hub",
     "load_model",
     "load_text",
     "make_config",
+    "model_card",
     "mount_layers",
     "mounted_points",
     "parse_answer",
     "parse_layers",
     "plot_agreement",
+    "push_to_hub",
     "read_batches",
     "read_form",
     "sample_features",
@@ -235,5 +244,6 @@ __all__ = [
     "unmount_layers",
     "with_routing",
     "write_form",
+    "write_report",
 ]
 __version__ = version("routesae-lens")

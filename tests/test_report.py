@@ -310,7 +310,10 @@ def test_steering_examples_of_the_command_and_of_the_recipe(tmp_path: Path):
     pair = {"prompt": "one", "original": {"text": "a"}, "steered": {"text": "b"}}
     settings = {"sae": "runs/mine/route", "edits": {"8": "Set(20.0)"}}
     command = {"settings": settings, "pairs": [pair], "dose_response": dose}
-    recipe = {"options": {"sae": "route"}, "features": [{"feature": 8, "texts": [dose, dose | {"feature": 9}]}]}
+    recipe = {
+        "options": {"sae": "route"},
+        "features": [{"feature": 8, "texts": [dose, dose | {"feature": 9}]}],
+    }
     (tmp_path / "steering").mkdir()
     for name, content in (("steering", command), ("results", recipe)):
         (tmp_path / "steering" / f"{name}.json").write_text(json.dumps(content))

@@ -17,7 +17,6 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from routesae_lens.analysis.feature_set import FeatureSet
-from routesae_lens.report import plots
 from routesae_lens.report.contents import CURVES, ReportContents, gather
 from routesae_lens.report.feature_rows import DETAILS_AT_ONCE, feature_details, feature_rows
 from routesae_lens.report.visible import visible
@@ -173,6 +172,8 @@ def _metrics(contents: ReportContents) -> list[dict[str, str]]:
 
 def _figures(contents: ReportContents) -> list[dict[str, Any]]:
     """id, heading, and drawings with the table of their numbers."""
+    from routesae_lens.report import plots  # needs Matplotlib, which the package does without
+
     sections = []
     curves, shares, routing = contents.curves, contents.training_shares, contents.routing
     drawn = [

@@ -7,9 +7,10 @@ is what all of them share; ``architectures.py`` has the SAEs themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -210,6 +211,24 @@ class RouteSAE(Routed):
     shared_class: ClassVar[type[SAE[Any]]]
     """The stock SAELens class that one layer's view of this SAE is."""
     shared_config: ClassVar[type[SAEConfig]]
+
+    def layer_view(self, layer: int, hook_name: str | None = None) -> SAE[Any]:
+        """One routed layer as an ordinary SAELens SAE on the same parameters; it reads raw activations.
+
+        It stands for p = 1 and every token. See :func:`routesae_lens.saes.layer_views.layer_view`.
+        """
+        from routesae_lens.saes.layer_views import layer_view
+
+        return layer_view(self, layer, hook_name)
+
+    def save_layer_views(self, path: str | Path, layers: Sequence[int] | None = None) -> dict[int, Path]:
+        """Write :meth:`layer_view` of ``layers``, one SAELens folder each, for processes without this package.
+
+        See :func:`routesae_lens.saes.layer_views.save_layer_views`.
+        """
+        from routesae_lens.saes.layer_views import save_layer_views
+
+        return save_layer_views(self, path, layers)
 
 
 @dataclass(kw_only=True)
