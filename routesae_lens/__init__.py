@@ -18,7 +18,8 @@ from routesae_lens.analysis.feature_set import (
 )
 from routesae_lens.analysis.features import collect_features
 from routesae_lens.analysis.layer_profiles import LayerProfiles, layer_profiles
-from routesae_lens.analysis.metrics import Evaluation, kl_per_token
+from routesae_lens.analysis.metrics import Evaluation
+from routesae_lens.analysis.next_tokens import kl_per_token
 from routesae_lens.analysis.prompts import Prompt
 from routesae_lens.analysis.routing import RoutingProfile, analyse_routing, training_shares
 from routesae_lens.analysis.steering import (

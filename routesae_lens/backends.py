@@ -92,6 +92,8 @@ class Backend(Protocol):
     blocks_path: str
 
     @property
+    def blocks(self) -> nn.ModuleList: ...
+    @property
     def n_layers(self) -> int: ...
     @property
     def d_model(self) -> int: ...
@@ -129,8 +131,12 @@ class _Hooked:
         self.model = model
 
     @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.blocks
+
+    @property
     def n_layers(self) -> int:
-        return len(self.model.blocks)
+        return len(self.blocks)
 
     @property
     def d_model(self) -> int:
@@ -224,11 +230,15 @@ class _Proxy:
         self.model = model
         for path, module in model.model.named_modules():
             if isinstance(module, nn.ModuleList) and len(module) == model.model.config.num_hidden_layers:
-                self.blocks_path, self.blocks = path, module
+                self.blocks_path, self._blocks = path, module
                 return
         raise ValueError(
             f"found no list of {model.model.config.num_hidden_layers} blocks in {type(model.model).__name__}"
         )
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self._blocks
 
     @property
     def n_layers(self) -> int:

@@ -18,7 +18,7 @@ from routesae_lens.analysis.evaluate import (
     evaluate_all,
     held_out_tokens,
 )
-from routesae_lens.analysis.metrics import kl_per_token
+from routesae_lens.analysis.next_tokens import kl_per_token
 from routesae_lens.analysis.stream import check_tokens, kept_tokens
 from routesae_lens.analysis.subjects import subject_of
 from routesae_lens.models import BACKENDS, load_model
@@ -268,3 +268,11 @@ def test_bad_input(tiny_hooked, tokens):
         tiny_hooked.blocks[5].mlp.W_in.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
         evaluate(sae, tiny_hooked, tokens, progress=False)
+
+
+def test_without_zero_ablation_there_is_no_loss_recovered(tiny_hooked, tokens):
+    short = evaluate(route_sae(), tiny_hooked, tokens, zero_ablation=False, progress=False)
+    whole = evaluate(route_sae(), tiny_hooked, tokens, progress=False)
+    assert short.ce_zero is None and short.loss_recovered is None
+    assert (short.kl, short.ce_spliced) == (whole.kl, whole.ce_spliced)
+    assert whole.loss_recovered == pytest.approx(1 - whole.delta_ce / (whole.ce_zero - whole.ce_clean))

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from spliced import GREEDY, TOKENS, assert_clean, by_hand, make_sae, ordinary_sae, state_of
+from spliced import D_MODEL, GREEDY, TOKENS, assert_clean, by_hand, make_sae, ordinary_sae, state_of
 from spliced_crosscoders import make_crosscoder
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
-from transformers import DynamicCache, StaticCache
+from transformers import AutoTokenizer, DynamicCache, Lfm2Config, Lfm2ForCausalLM, StaticCache
 
 from routesae_lens.hook_points import layer_hook_name
+from routesae_lens.models import load_model
 from routesae_lens.splice.edits import Set
 from routesae_lens.splice.hooked import HookedRouteSAETransformer, RouteSAETransformerBridge
 
@@ -99,6 +101,26 @@ def test_a_cache_after_an_interrupted_pass(exact: Any, share: bool, later: bool,
         torch.testing.assert_close(step, exact(TOKENS), rtol=0, atol=1e-5)
 
 
+def test_a_cache_whose_first_pass_failed_at_once(exact: Any):
+    """Nothing is in it yet, so it may be begun with something else; unless its mask has grown already."""
+
+    def fail(x: torch.Tensor, hook: Any) -> None:
+        raise Interrupted
+
+    cache = new_cache(exact)
+    embedding = "hook_embed" if isinstance(exact, HookedRouteSAETransformer) else "embed.hook_out"
+    with torch.no_grad():
+        with exact.saes(make_sae((4, 5))), pytest.raises(Interrupted):
+            exact.run_with_hooks(TOKENS[:, :5], fwd_hooks=[(embedding, fail)], **cache)
+        with exact.saes(make_sae()):
+            if isinstance(exact, HookedRouteSAETransformer):
+                with pytest.raises(ValueError, match=r"0 positions and a mask of 5: a pass was interrupted"):
+                    exact(TOKENS[:, :5], **cache)
+                return
+            steps = [exact(part, **cache) for part in TOKENS.split([5, 4], dim=1)]
+            torch.testing.assert_close(torch.cat(steps, 1), exact(TOKENS), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("method", ["generate", "generate_stream"])
 def test_generation_that_fails_leaves_the_model_clean(exact: Any, cached: bool, method: str):
@@ -166,6 +188,19 @@ def test_positions_from_the_end_have_no_meaning_while_it_moves(
             exact.generate(TOKENS, max_new_tokens=2, use_past_kv_cache=cached, **GREEDY)
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("method", ["generate", "generate_stream"])
+def test_nothing_to_generate_and_nothing_to_begin_with(exact: Any, method: str):
+    with exact.saes(make_sae()):
+        for n in (0, -1, 1.5, True, None):
+            with pytest.raises(ValueError, match="max_new_tokens must be a whole number of 1 or more, got"):
+                getattr(exact, method)(TOKENS, max_new_tokens=n, verbose=False)
+        for shape in ((1, 0), (0, 3)):
+            empty = torch.zeros(shape, dtype=torch.long)
+            with pytest.raises(ValueError, match=f"got {shape[0]} sequences of {shape[1]} tokens; expected"):
+                list(getattr(exact, method)(empty, max_new_tokens=2, verbose=False))
+
+
 @pytest.mark.parametrize("cached", [True, False])
 def test_more_tokens_than_the_context_holds(exact: Any, cached: bool):
     other = ordinary_sae("blocks.3.hook_resid_post").to(torch.float64)
@@ -227,6 +262,34 @@ def test_a_cache_that_cannot_be_shadowed(bridge: RouteSAETransformerBridge):
     ):
         bridge(TOKENS, past_key_values=cache, use_cache=True)
     assert_clean(bridge, before)
+
+
+@pytest.mark.parametrize("exact", ["bridge"], indirect=True)
+def test_a_cache_made_without_the_models_config(exact: Any):
+    cache = DynamicCache()
+    with torch.no_grad(), exact.saes(make_sae((2, 4))):
+        steps = [exact(part, past_key_values=cache, use_cache=True) for part in TOKENS.split([5, 4], dim=1)]
+        torch.testing.assert_close(torch.cat(steps, 1), exact(TOKENS), rtol=0, atol=1e-5)
+
+
+def test_a_cache_of_recurrent_layers(tiny_llama_dir: Path, tmp_path: Path):
+    """Two passes would move its state on twice."""
+    config = Lfm2Config(
+        num_hidden_layers=4, hidden_size=D_MODEL, intermediate_size=64, num_attention_heads=4, vocab_size=128,
+        num_key_value_heads=2, layer_types=["conv", "full_attention"] * 2, initializer_range=0.2,
+        max_position_embeddings=N_CTX, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Lfm2ForCausalLM(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(tmp_path)
+    model = load_model(tmp_path, "bridge", "cpu", model_class=RouteSAETransformerBridge).eval()
+    with model.saes(make_sae((1, 2))):
+        with pytest.raises(NotImplementedError, match=r"has recurrent layers.* use_past_kv_cache=False"):
+            model.generate(TOKENS, max_new_tokens=5, **GREEDY)
+        tokens = model.generate(TOKENS, max_new_tokens=5, use_past_kv_cache=False, **GREEDY)
+        assert torch.equal(tokens, by_hand(model, TOKENS, 5))
+        with pytest.raises(NotImplementedError, match="has recurrent layers"):
+            model(TOKENS, cache_params=DynamicCache())
 
 
 def test_backward_hooks_without_gradients(exact: Any):

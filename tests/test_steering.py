@@ -175,6 +175,17 @@ def test_positions_count_without_left_padding(exact: Any, positions: Any):
     close(logits[mask.bool()], expected[mask.bool()])
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("positions", ["all", slice(-1, None), slice(0, -2)])
+def test_positions_count_without_the_padding_of_texts(exact: Any, positions: Any, side: str):
+    texts = ["The quick brown fox", "A", "In the morning the"]
+    with torch.no_grad(), exact.steer(route_sae(), {5: Add(8.0)}, positions=positions):
+        together = exact(texts, padding_side=side)
+        for row, text in zip(together, texts, strict=True):
+            alone = exact(text)[0]
+            close(row[: len(alone)] if side == "right" else row[-len(alone) :], alone)
+
+
 @pytest.mark.parametrize("form", ["dict", "tensor"])
 def test_relative_strengths_are_in_units_of_the_maximum_at_p_1(exact: Any, form: str):
     sae = route_sae()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -38,6 +40,14 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "short maxima": ({3: Set(1.0, True)}, {"maxima": torch.ones(2)}, ValueError, "maxima has none for it"),
     "zero": ({3: Set(1.0, True)}, {"maxima": {3: 0.0}}, ValueError, r"maxima has 0\.0; expected a positive"),
     "infinite": ({3: Set(1.0, True)}, {"maxima": {3: float("inf")}}, ValueError, "maxima has inf"),
+    "not a number": ({3: Set(1.0, True)}, {"maxima": {3: float("nan")}}, ValueError, "maxima has nan"),
+    "one maximum": (
+        {3: Set(1.0, True)},
+        {"maxima": 3.0},
+        TypeError,
+        "maxima must be a mapping .*; got float",
+    ),
+    "empty maximum": ({3: Set(1.0, True)}, {"maxima": {3: None}}, TypeError, "maxima must be a mapping"),
     "name": (
         {3: Set(1.0)},
         {"positions": "last"},
@@ -46,6 +56,9 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     ),
     "step": ({3: Set(1.0)}, {"positions": slice(0, 3, -1)}, ValueError, "has the step -1"),
     "bound": ({3: Set(1.0)}, {"positions": slice(0.5, 3)}, ValueError, r"has the bound 0\.5"),
+    "bool bound": ({3: Set(1.0)}, {"positions": slice(True, 3)}, ValueError, "has the bound True"),
+    "bytes": ({3: Set(1.0)}, {"positions": b"all"}, ValueError, "must be whole numbers of 0 or more"),
+    "negative ids": ({3: Set(1.0)}, {"positions": [5, -2]}, ValueError, "must be whole numbers of 0 or more"),
     "no ids": ({3: Set(1.0)}, {"positions": []}, ValueError, "at least one"),
     "float ids": ({3: Set(1.0)}, {"positions": [1.5]}, ValueError, "must be whole numbers"),
     "positions": ({3: Set(1.0)}, {"positions": 7}, TypeError, "positions must be one of .*, got int"),
@@ -99,6 +112,41 @@ def test_what_an_attachment_fixes(model: Any):
                 model.steer(sae, {3: Set(1.0)}, **option).__enter__()
         model.reset_saes()
         assert_clean(model, before)
+
+
+def test_two_ordinary_saes_at_one_hook(model: Any):
+    """SAELens would put the second in the place of the first, whose edits would be lost without a word."""
+    before = state_of(model)
+    one, other, elsewhere = ordinary_sae(POINT), ordinary_sae(POINT), ordinary_sae("blocks.1.hook_resid_post")
+    with torch.no_grad(), model.steer(one, {5: Add(8.0)}):
+        logits = model(TOKENS)
+        with (
+            pytest.raises(ValueError, match="carries another SAE, which steering this one would displace"),
+            model.steer(other, {7: Add(8.0)}),
+        ):
+            raise AssertionError("it must not get here")
+        torch.testing.assert_close(model(TOKENS), logits, rtol=0, atol=0)
+        with model.steer(elsewhere, {7: Add(8.0)}):
+            assert not torch.allclose(model(TOKENS), logits, atol=1e-3)
+    assert_clean(model, before)
+
+
+def test_a_steered_model_is_not_copied(model: Any):
+    """A copy's hooks would be the original's, and do nothing."""
+    before = state_of(model)
+    sae = make_sae()
+    with torch.no_grad(), model.steer(sae, {3: Set(5.0)}):
+        for duplicate in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(ValueError, match="a steered model cannot be copied or pickled"):
+                duplicate(model)
+        logits = model(TOKENS)
+    assert_clean(model, before)
+    with torch.no_grad(), copy.deepcopy(model).steer(sae, {3: Set(5.0)}) as other:
+        torch.testing.assert_close(other(TOKENS), logits, rtol=0, atol=0)
+    with torch.no_grad(), model.saes(sae):  # attached SAEs are copied along
+        other = copy.deepcopy(model)
+        torch.testing.assert_close(other(TOKENS), model(TOKENS), rtol=0, atol=0)
+    assert_clean(model, before)
 
 
 class Interrupted(Exception):

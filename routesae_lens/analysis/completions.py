@@ -19,7 +19,7 @@ from sae_lens import SAE, TrainingSAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from routesae_lens.analysis.metrics import kl_of_log_probs
+from routesae_lens.analysis.next_tokens import kl_of_log_probs
 from routesae_lens.analysis.prompts import Prompt, prompt_tokens
 from routesae_lens.analysis.stream import kept_tokens, subjects_of
 from routesae_lens.analysis.subjects import Subject

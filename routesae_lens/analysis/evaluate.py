@@ -1,14 +1,16 @@
 """How good is an SAE? Splice its reconstructions into the language model and compare.
 
 One clean forward gives the original distribution *and* the activations that decide the routes; then one
-spliced and one zero-ablated forward per SAE. The same definitions serve RouteSAEs, Crosscoders and ordinary
-SAELens SAEs on HookedTransformer, TransformerBridge and HookedProxyLM, through plain forward hooks.
+spliced and one zero-ablated forward per SAE, which begin at the first block that is replaced. The same
+definitions serve RouteSAEs, Crosscoders and ordinary SAELens SAEs on HookedTransformer, TransformerBridge and
+HookedProxyLM, through plain forward hooks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from inspect import signature
 from itertools import islice
 from typing import Any
@@ -20,10 +22,12 @@ from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from sae_lens.training.prefetch import PrefetchingIterator
 from torch import Tensor
 
-from routesae_lens.analysis.metrics import Evaluation, Tally, summed_cross_entropy
+from routesae_lens.analysis.metrics import Evaluation, Tally
+from routesae_lens.analysis.next_tokens import NextTokens
 from routesae_lens.analysis.stream import check_tokens, read_batches, subjects_of
 from routesae_lens.analysis.subjects import CrosscoderSubject, Reading, Subject
 from routesae_lens.saes.route_sae import inference_form
+from routesae_lens.splice.prefix import SharedPrefix
 from routesae_lens.splice.replace import Hook
 
 
@@ -43,6 +47,7 @@ def evaluate_all(
     exclude_first_position: bool = True,
     scale_by_p: bool = True,
     unscaled: bool = False,
+    zero_ablation: bool = True,
     splice_layers: Sequence[int] | None = None,
     progress: bool = True,
 ) -> dict[str, Evaluation]:
@@ -58,6 +63,8 @@ def evaluate_all(
         exclude_first_position: likewise position 0, whose norm is ~100 times the median.
         scale_by_p: splice consistently with training; False for the authors' unscaled splice.
         unscaled: also report ``kl_unscaled`` (one more forward for RouteSAEs with hard routing).
+        zero_ablation: report ``ce_zero`` and ``loss_recovered`` (one more forward for each choice of layers);
+            without it they are None.
         splice_layers: block numbers at which Crosscoders are spliced and zero-ablated, all that they read by
             default. NormMSE and explained variance are about all layers in any case.
         progress: show a progress bar.
@@ -72,6 +79,7 @@ def evaluate_all(
     if splice_layers is not None:
         _choose_layers(subjects, splice_layers)
     tallies = {name: Tally(subject) for name, subject in subjects.items()}
+    prefix = SharedPrefix(model, [name for subject in subjects.values() for name in subject.replaces])
     for batch in read_batches(
         subjects,
         model,
@@ -80,22 +88,23 @@ def evaluate_all(
         exclude_special_tokens=exclude_special_tokens,
         exclude_first_position=exclude_first_position,
         logits=True,
+        prefix=prefix,
         progress="evaluate" if progress else None,
     ):
         assert batch.logits is not None
         ids, keep = batch.tokens, batch.keep
-        clean = batch.logits.float().log_softmax(-1)  # once for all SAEs
-        zeroed = _ZeroPasses(model, ids)
+        clean = NextTokens(batch.logits, ids, keep)
+        rerun = partial(_rerun, model, ids, prefix)
+        zeroed = _ZeroPasses(rerun, clean)
         for name, subject in subjects.items():
             tally, reading = tallies[name], batch.read(subject)
             tally.add_reading(reading, keep)
-            tally.add_clean(clean, ids, keep)
-            hooks = subject.splice(reading, keep, scale_by_p)
-            tally.add_spliced(clean, _run_hooked(model, ids, hooks), ids, keep)
-            tally.add_zeroed(zeroed(subject, reading, keep))
+            tally.add_clean(clean)
+            tally.add_spliced(clean, rerun(subject.splice(reading, keep, scale_by_p)))
+            if zero_ablation:
+                tally.add_zeroed(zeroed(subject, reading, keep))
             if unscaled and scale_by_p and subject.scaled:
-                hooks = subject.splice(reading, keep, False)
-                tally.add_unscaled(clean, _run_hooked(model, ids, hooks), keep)
+                tally.add_unscaled(clean, rerun(subject.splice(reading, keep, False)))
     return {name: tally.result(scale_by_p) for name, tally in tallies.items()}
 
 
@@ -205,8 +214,8 @@ def _flat(metrics: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, f
 class _ZeroPasses:
     """Cross-entropy of a batch with the replaced activations zeroed, once for SAEs that replace the same."""
 
-    def __init__(self, model: Any, tokens: Tensor):
-        self.model, self.tokens = model, tokens
+    def __init__(self, rerun: Callable[[list[tuple[str, Hook]]], Tensor], clean: NextTokens):
+        self.rerun, self.clean = rerun, clean
         self.done: list[tuple[tuple[Any, ...], Tensor, float]] = []
 
     def __call__(self, subject: Subject, reading: Reading, keep: Tensor) -> float:
@@ -214,13 +223,13 @@ class _ZeroPasses:
         for known, layer, total in self.done:
             if known == where and torch.equal(layer, reading.layer):
                 return total
-        logits = _run_hooked(self.model, self.tokens, subject.zero(reading, keep))
-        total = summed_cross_entropy(logits, self.tokens, keep)
+        total = self.clean.cross_entropy(self.rerun(subject.zero(reading, keep)))
         self.done.append((where, reading.layer, total))
         return total
 
 
-def _run_hooked(model: Any, tokens: Tensor, hooks: list[tuple[str, Hook]]) -> Tensor:
+def _rerun(model: Any, tokens: Tensor, prefix: SharedPrefix, hooks: list[tuple[str, Hook]]) -> Tensor:
+    """Logits of the batch that ``prefix`` recorded last, with hooks."""
     fired: set[str] = set()
 
     def watched(name: str, fn: Hook) -> Hook:
@@ -230,7 +239,8 @@ def _run_hooked(model: Any, tokens: Tensor, hooks: list[tuple[str, Hook]]) -> Te
 
         return hook
 
-    logits = model.run_with_hooks(tokens, fwd_hooks=[(name, watched(name, fn)) for name, fn in hooks])
+    with prefix.skipped():
+        logits = model.run_with_hooks(tokens, fwd_hooks=[(name, watched(name, fn)) for name, fn in hooks])
     if silent := sorted({name for name, _ in hooks} - fired):
         raise RuntimeError(f"splice hooks never fired, the splice touched nothing there: {silent}")
     return logits

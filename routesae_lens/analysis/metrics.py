@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from routesae_lens.analysis.next_tokens import NextTokens
 from routesae_lens.analysis.subjects import Reading, Subject
 from routesae_lens.hook_points import split_layers
 
@@ -31,11 +32,11 @@ class Evaluation:
     ce_clean: float
     """Next-token cross-entropy of the model as it is, nats per token."""
     ce_spliced: float
-    ce_zero: float
+    ce_zero: float | None
     """... with the activations that the splice replaces set to zero: the denominator of ``loss_recovered``."""
     delta_ce: float
-    loss_recovered: float
-    """1 - delta_ce / (ce_zero - ce_clean)."""
+    loss_recovered: float | None
+    """1 - delta_ce / (ce_zero - ce_clean); like ``ce_zero`` None if that was not asked for."""
     norm_mse: float
     """Mean over tokens of ||z - z_hat||^2 / ||z||^2, z the routed activation, standardised, without p.
 
@@ -66,20 +67,6 @@ class Evaluation:
         return {name: value for name, value in asdict(self).items() if name != "firing_frequency"}
 
 
-def kl_per_token(
-    clean: Float[Tensor, "*batch vocab"], spliced: Float[Tensor, "*batch vocab"]
-) -> Float[Tensor, "*batch"]:
-    """KL(clean || spliced) of the next-token distributions given as logits, in nats."""
-    return kl_of_log_probs(clean.float().log_softmax(-1), spliced.float().log_softmax(-1))
-
-
-def kl_of_log_probs(
-    clean: Float[Tensor, "*batch vocab"], spliced: Float[Tensor, "*batch vocab"]
-) -> Float[Tensor, "*batch"]:
-    """KL(clean || spliced) of distributions given as log-probabilities, in nats."""
-    return (clean.exp() * (clean - spliced)).sum(-1)
-
-
 class Tally:
     """Sums and counts in float64, so that batches may be of any size."""
 
@@ -95,7 +82,7 @@ class Tally:
         self.sum: Tensor | None = None  # (layer, d_model)
         self.fired = torch.zeros(d_sae, dtype=wide)
         self.p = self.entropy = self.kl_all = self.unscaled = 0.0
-        self.ce = {"clean": 0.0, "spliced": 0.0, "zero": 0.0}
+        self.ce = {"clean": 0.0, "spliced": 0.0}
         self.predicted = 0
         self.kl_sums: list[float] = []
         self.kl_counts: list[int] = []
@@ -129,29 +116,24 @@ class Tally:
             self.p += probs.gather(-1, reading.layer[keep][:, None]).sum().item()
             self.entropy += torch.special.entr(probs).sum().item()
 
-    def add_clean(self, log_probs: Tensor, tokens: Tensor, keep: Tensor) -> None:
-        self.predicted += int((keep[:, :-1] & keep[:, 1:]).sum())
-        for row, kept in enumerate(keep):
-            self.ce["clean"] += _cross_entropy(log_probs[row], tokens[row], kept)
+    def add_clean(self, clean: NextTokens) -> None:
+        self.predicted += clean.predicted
+        self.ce["clean"] += clean.cross_entropy()
 
-    def add_spliced(self, clean: Tensor, spliced: Tensor, tokens: Tensor, keep: Tensor) -> None:
-        for row, kept in enumerate(keep):  # one sequence at a time: float32 logits are large
-            log_probs = spliced[row].float().log_softmax(-1)
-            self.ce["spliced"] += _cross_entropy(log_probs, tokens[row], kept)
-            kl = kl_of_log_probs(clean[row], log_probs).double()
-            self.kl_all += kl.sum().item()
-            self.kl_sums.append(kl[kept].sum().item())
-            self.kl_counts.append(int(kept.sum()))
+    def add_spliced(self, clean: NextTokens, spliced: Tensor) -> None:
+        kl, cross_entropy = clean.compare(spliced)
+        self.ce["spliced"] += cross_entropy
+        self.kl_all += kl.sum().item()
+        self.kl_sums += kl.where(clean.keep, 0.0).sum(-1).tolist()
+        self.kl_counts += clean.keep.sum(-1).tolist()
 
     def add_zeroed(self, total: float) -> None:
-        """``total``: see :func:`summed_cross_entropy`."""
-        self.ce["zero"] += total
+        """``total``: cross-entropy of a batch with the replaced activations zeroed."""
+        self.ce["zero"] = self.ce.get("zero", 0.0) + total
 
-    def add_unscaled(self, clean: Tensor, spliced: Tensor, keep: Tensor) -> None:
+    def add_unscaled(self, clean: NextTokens, spliced: Tensor) -> None:
         self.has_unscaled = True
-        for row, kept in enumerate(keep):
-            log_probs = spliced[row][kept].float().log_softmax(-1)
-            self.unscaled += kl_of_log_probs(clean[row][kept], log_probs).double().sum().item()
+        self.unscaled += clean.kl(spliced)[clean.keep].sum().item()
 
     def result(self, scale_by_p: bool) -> Evaluation:
         assert self.sum is not None
@@ -168,7 +150,10 @@ class Tally:
         label = self.subject.splice_label
         if self.subject.scaled and not scale_by_p:
             label = "reconstruction at the routed layer, unscaled (the authors' splice)"
-        delta, room = ce["spliced"] - ce["clean"], ce["zero"] - ce["clean"]
+        delta, recovered = ce["spliced"] - ce["clean"], None
+        if "zero" in ce:
+            room = ce["zero"] - ce["clean"]
+            recovered = 1 - delta / room if room else float("nan")
         return Evaluation(
             tokens=n,
             sequences=len(self.kl_sums),
@@ -178,9 +163,9 @@ class Tally:
             kl_unscaled=self.unscaled / n if self.has_unscaled else None,
             ce_clean=ce["clean"],
             ce_spliced=ce["spliced"],
-            ce_zero=ce["zero"],
+            ce_zero=ce.get("zero"),
             delta_ce=delta,
-            loss_recovered=1 - delta / room if room else float("nan"),
+            loss_recovered=recovered,
             norm_mse=(self.ratio.sum() / read).item(),
             explained_variance=explained_variance,
             l0=(self.fired.sum() / n).item(),
@@ -202,22 +187,3 @@ def _ratio_stderr(sums: list[float], counts: list[int]) -> float:
     s, c = torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64)
     residual = s - c * (s.sum() / c.sum())
     return (residual.std() / c.mean() / len(sums) ** 0.5).item()
-
-
-def summed_cross_entropy(
-    logits: Float[Tensor, "batch pos vocab"],
-    tokens: Int[Tensor, "batch pos"],
-    keep: Bool[Tensor, "batch pos"],
-) -> float:
-    """Next-token cross-entropy in nats, summed where both the token and the predicted one are kept."""
-    return sum(
-        _cross_entropy(row.float().log_softmax(-1), tokens[i], keep[i]) for i, row in enumerate(logits)
-    )
-
-
-def _cross_entropy(
-    log_probs: Float[Tensor, "pos vocab"], tokens: Int[Tensor, " pos"], keep: Bool[Tensor, " pos"]
-) -> float:
-    """Summed next-token cross-entropy where both the token and the predicted one are kept."""
-    both = keep[:-1] & keep[1:]
-    return -log_probs[:-1][both].gather(-1, tokens[1:][both, None]).double().sum().item()

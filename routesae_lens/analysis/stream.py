@@ -7,6 +7,7 @@ forward per batch for all SAEs, and checks before the first of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 
 from routesae_lens.analysis.subjects import Reading, Subject, subject_of
 from routesae_lens.backends import backend_of
+from routesae_lens.splice.prefix import SharedPrefix
 
 
 @dataclass
@@ -63,6 +65,7 @@ def read_batches(
     exclude_special_tokens: bool | list[int] = True,
     exclude_first_position: bool = True,
     logits: bool = False,
+    prefix: SharedPrefix | None = None,
     progress: str | None = None,
 ) -> Iterator[Batch]:
     """One clean forward per batch, shared by all subjects.
@@ -75,6 +78,8 @@ def read_batches(
         exclude_special_tokens: the tokenizer's special tokens (or these ids) do not count.
         exclude_first_position: nor does position 0, whose norm is ~100 times the median.
         logits: also compute logits; otherwise the forward stops after the last layer that is read.
+        prefix: records what the blocks below the first changed hook give, so that more forwards of a batch
+            can skip them until the next batch is asked for.
         progress: caption of the progress bar, none without.
 
     Raises:
@@ -88,7 +93,7 @@ def read_batches(
     if not keep.any():
         raise ValueError("every token is special or at position 0: nothing to read")
     points = sorted({subject.point for subject in subjects.values()})
-    return _batches(points, model, tokens, keep, batch_size, logits, progress)
+    return _batches(points, model, tokens, keep, batch_size, logits, prefix, progress)
 
 
 @torch.no_grad()
@@ -99,6 +104,7 @@ def _batches(
     keep: Tensor,
     batch_size: int,
     logits: bool,
+    prefix: SharedPrefix | None,
     progress: str | None,
 ) -> Iterator[Batch]:
     device = next(model.parameters()).device
@@ -107,7 +113,8 @@ def _batches(
     for index, start in enumerate(tqdm(starts, desc=progress, unit="batch", disable=progress is None)):
         batch = tokens[start : start + batch_size].to(device)
         kept = keep[start : start + batch_size].to(device)
-        out, cache = model.run_with_cache(batch, names_filter=points, **stop)
+        with nullcontext() if prefix is None else prefix.recorded():
+            out, cache = model.run_with_cache(batch, names_filter=points, **stop)
         if logits and not torch.isfinite(out[kept[:, : out.shape[1]]]).all():
             raise ValueError(
                 f"the model's logits are not finite in sequences {start} to {start + len(batch) - 1}"

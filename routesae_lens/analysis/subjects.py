@@ -54,6 +54,11 @@ class Subject(Protocol):
     scaled: bool
     splice_label: str
 
+    @property
+    def replaces(self) -> list[str]:
+        """Names of the hooks at which splice and zero-ablation replace activations."""
+        ...
+
     def read(self, activation: Tensor, draw: int) -> Reading: ...
     def autoencode(self, reading: Reading, keep: Tensor) -> tuple[Tensor, Tensor]:
         """Latents and reconstruction of the kept tokens, the latter comparable with ``reading.original``."""
@@ -92,6 +97,10 @@ class _RoutedSubject:
             "top2": "reconstruction of the mixture at its argmax layer, unscaled",
         }.get(sae.cfg.routing, "reconstruction at the routed layer")
 
+    @property
+    def replaces(self) -> list[str]:
+        return [layer_hook_name(self.model, layer, self.sae.cfg.site) for layer in self.layers]
+
     def read(self, activation: Tensor, draw: int) -> Reading:
         route = self.sae.route(activation, draw=draw)
         layers = split_layers(activation, len(self.layers))
@@ -119,10 +128,7 @@ class _RoutedSubject:
         def at(index: int) -> Hook:
             return lambda x, hook=None: x.masked_fill(((reading.layer == index) & keep)[..., None], 0.0)
 
-        return [
-            (layer_hook_name(self.model, layer, self.sae.cfg.site), at(i))
-            for i, layer in enumerate(self.layers)
-        ]
+        return [(name, at(i)) for i, name in enumerate(self.replaces)]
 
 
 class CrosscoderSubject:
@@ -151,6 +157,10 @@ class CrosscoderSubject:
             blocks = f"block {', '.join(map(str, self.spliced))} alone"
         self.splice_label = f"reconstruction at {blocks}, from the latents of the clean pass"
 
+    @property
+    def replaces(self) -> list[str]:
+        return [layer_hook_name(self.model, layer, self.sae.cfg.site) for layer in self.spliced]
+
     def read(self, activation: Tensor, draw: int) -> Reading:
         layers = split_layers(activation, len(self.layers))
         last = torch.full(activation.shape[:-1], len(self.layers) - 1, device=activation.device)
@@ -172,7 +182,7 @@ class CrosscoderSubject:
         def hook(x: Tensor, hook: Any = None) -> Tensor:
             return x.masked_fill(keep[..., None], 0.0)
 
-        return [(layer_hook_name(self.model, layer, self.sae.cfg.site), hook) for layer in self.spliced]
+        return [(name, hook) for name in self.replaces]
 
 
 class _PlainSubject:
@@ -193,6 +203,10 @@ class _PlainSubject:
             raise ValueError(f"the model has no hook {name!r} for this SAE")
         self.point = name
         self.layers = [int(layer) for layer in re.findall(r"\.(\d+)", name)[:1]] or [0]
+
+    @property
+    def replaces(self) -> list[str]:
+        return [self.point]
 
     def read(self, activation: Tensor, draw: int) -> Reading:
         if activation.ndim != 3 or activation.shape[-1] != self.sae.cfg.d_in:

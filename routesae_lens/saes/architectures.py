@@ -73,6 +73,8 @@ class RouteTopKTrainingSAEConfig(ReLUField, RouteTrainingFields, TopKTrainingSAE
 
 
 class RouteTopKTrainingSAE(ReLUOption, RouteTrainingSAE, FastTopK, TopKTrainingSAE):
+    """RouteSAE with a TopK SAE in training, with the step that touches only k latents where it applies."""
+
     def autoencode_routed(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         return self.fast_autoencode(x) if self._computable() else super().autoencode_routed(x)
 
@@ -82,24 +84,32 @@ class RouteTopKTrainingSAE(ReLUOption, RouteTrainingSAE, FastTopK, TopKTrainingS
 
 @dataclass
 class RouteJumpReLUSAEConfig(RouteFields, JumpReLUSAEConfig):
+    """Config of :class:`RouteJumpReLUSAE`."""
+
     @classmethod
     def architecture(cls) -> str:
         return "route_jumprelu"
 
 
 class RouteJumpReLUSAE(RouteSAE, JumpReLUSAE):
+    """RouteSAE with a JumpReLU SAE; BatchTopK and Matryoshka become this one, too."""
+
     shared_class = JumpReLUSAE
     shared_config = JumpReLUSAEConfig
 
 
 @dataclass(kw_only=True)
 class RouteJumpReLUTrainingSAEConfig(RouteTrainingFields, JumpReLUTrainingSAEConfig):
+    """Config of :class:`RouteJumpReLUTrainingSAE`: the router's fields, and SAELens' JumpReLU fields."""
+
     @classmethod
     def architecture(cls) -> str:
         return "route_jumprelu"
 
 
 class RouteJumpReLUTrainingSAE(RouteTrainingSAE, JumpReLUTrainingSAE):
+    """RouteSAE with a JumpReLU SAE in training: L0 penalty, learned thresholds."""
+
     def _normalized_aux_loss(
         self,
         step_input: TrainStepInput,
@@ -117,6 +127,8 @@ class RouteJumpReLUTrainingSAE(RouteTrainingSAE, JumpReLUTrainingSAE):
 
 @dataclass(kw_only=True)
 class RouteBatchTopKTrainingSAEConfig(RouteTrainingFields, BatchTopKTrainingSAEConfig):
+    """Config of :class:`RouteBatchTopKTrainingSAE`: the router's fields, and SAELens' BatchTopK fields."""
+
     @classmethod
     def architecture(cls) -> str:
         return "route_batchtopk"
@@ -126,11 +138,15 @@ class RouteBatchTopKTrainingSAEConfig(RouteTrainingFields, BatchTopKTrainingSAEC
 
 
 class RouteBatchTopKTrainingSAE(RouteTrainingSAE, BatchTopKTrainingSAE):
+    """RouteSAE with a BatchTopK SAE in training: k latents per token on average over the batch."""
+
     cfg: Any
 
 
 @dataclass(kw_only=True)
 class RouteMatryoshkaBatchTopKTrainingSAEConfig(RouteTrainingFields, MatryoshkaBatchTopKTrainingSAEConfig):
+    """Config of :class:`RouteMatryoshkaBatchTopKTrainingSAE`: the router's fields, and SAELens' Matryoshka fields."""
+
     @classmethod
     def architecture(cls) -> str:
         return "route_matryoshka_batchtopk"
@@ -140,6 +156,8 @@ class RouteMatryoshkaBatchTopKTrainingSAEConfig(RouteTrainingFields, MatryoshkaB
 
 
 class RouteMatryoshkaBatchTopKTrainingSAE(RouteTrainingSAE, MatryoshkaBatchTopKTrainingSAE):
+    """RouteSAE with a Matryoshka BatchTopK SAE in training: nested widths, each reconstructing alone."""
+
     cfg: Any
     _aux_norm: Tensor | None = None
 
@@ -174,24 +192,32 @@ class RouteMatryoshkaBatchTopKTrainingSAE(RouteTrainingSAE, MatryoshkaBatchTopKT
 
 @dataclass
 class RouteGatedSAEConfig(RouteFields, GatedSAEConfig):
+    """Config of :class:`RouteGatedSAE`."""
+
     @classmethod
     def architecture(cls) -> str:
         return "route_gated"
 
 
 class RouteGatedSAE(RouteSAE, GatedSAE):
+    """RouteSAE with a Gated SAE."""
+
     shared_class = GatedSAE
     shared_config = GatedSAEConfig
 
 
 @dataclass(kw_only=True)
 class RouteGatedTrainingSAEConfig(RouteTrainingFields, GatedTrainingSAEConfig):
+    """Config of :class:`RouteGatedTrainingSAE`: the router's fields, and SAELens' Gated fields."""
+
     @classmethod
     def architecture(cls) -> str:
         return "route_gated"
 
 
 class RouteGatedTrainingSAE(RouteTrainingSAE, GatedTrainingSAE):
+    """RouteSAE with a Gated SAE in training: L1 penalty on the gate, and the gate's own reconstruction."""
+
     def calculate_aux_loss(
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:
@@ -214,25 +240,31 @@ class RouteGatedTrainingSAE(RouteTrainingSAE, GatedTrainingSAE):
 
 @dataclass
 class RouteStandardSAEConfig(RouteFields, StandardSAEConfig):
+    """Config of :class:`RouteStandardSAE`."""
+
     @classmethod
     def architecture(cls) -> str:
         return "route_standard"
 
 
 class RouteStandardSAE(RouteSAE, StandardSAE):
+    """RouteSAE with a ReLU SAE."""
+
     shared_class = StandardSAE
     shared_config = StandardSAEConfig
 
 
 @dataclass(kw_only=True)
 class RouteStandardTrainingSAEConfig(RouteTrainingFields, StandardTrainingSAEConfig):
+    """Config of :class:`RouteStandardTrainingSAE`: the router's fields, and SAELens' standard fields."""
+
     @classmethod
     def architecture(cls) -> str:
         return "route_standard"
 
 
 class RouteStandardTrainingSAE(RouteTrainingSAE, StandardTrainingSAE):
-    pass
+    """RouteSAE with a ReLU SAE in training: L1 penalty."""
 
 
 # --- Registration -----------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ class CrosscoderTopKSAEConfig(ReLUField, StackFields, TopKSAEConfig):
 
 
 class CrosscoderTopKSAE(ReLUOption, Crosscoder, TopKSAE):
-    pass
+    """A Crosscoder with TopK."""
 
 
 @dataclass(kw_only=True)
@@ -181,7 +181,7 @@ class CrosscoderTopKTrainingSAEConfig(ReLUField, CrosscoderTrainingFields, TopKT
 
 
 class CrosscoderTopKTrainingSAE(ReLUOption, CrosscoderTrainingSAE, FastTopK, TopKTrainingSAE):
-    pass
+    """A Crosscoder with TopK in training, with the step that touches only k latents where it applies."""
 
 
 # --- BatchTopK, and the JumpReLU that it becomes -----------------------------------------------------
@@ -189,6 +189,8 @@ class CrosscoderTopKTrainingSAE(ReLUOption, CrosscoderTrainingSAE, FastTopK, Top
 
 @dataclass
 class CrosscoderJumpReLUSAEConfig(StackFields, JumpReLUSAEConfig):
+    """Config of :class:`CrosscoderJumpReLUSAE`."""
+
     @classmethod
     def architecture(cls) -> str:
         return "crosscoder_jumprelu"
@@ -200,6 +202,8 @@ class CrosscoderJumpReLUSAE(Crosscoder, JumpReLUSAE):
 
 @dataclass(kw_only=True)
 class CrosscoderBatchTopKTrainingSAEConfig(CrosscoderTrainingFields, BatchTopKTrainingSAEConfig):
+    """Config of :class:`CrosscoderBatchTopKTrainingSAE`: layers, loss, and SAELens' BatchTopK fields."""
+
     @classmethod
     def architecture(cls) -> str:
         return "crosscoder_batchtopk"
@@ -209,6 +213,8 @@ class CrosscoderBatchTopKTrainingSAEConfig(CrosscoderTrainingFields, BatchTopKTr
 
 
 class CrosscoderBatchTopKTrainingSAE(CrosscoderTrainingSAE, BatchTopKTrainingSAE):
+    """A Crosscoder with BatchTopK in training: k latents per token on average over the batch."""
+
     cfg: Any
 
 
@@ -217,6 +223,8 @@ class CrosscoderBatchTopKTrainingSAE(CrosscoderTrainingSAE, BatchTopKTrainingSAE
 
 @dataclass
 class CrosscoderStandardSAEConfig(StackFields, StandardSAEConfig):
+    """Config of :class:`CrosscoderStandardSAE`."""
+
     @classmethod
     def architecture(cls) -> str:
         return "crosscoder_standard"
@@ -228,6 +236,8 @@ class CrosscoderStandardSAE(Crosscoder, StandardSAE):
 
 @dataclass(kw_only=True)
 class CrosscoderStandardTrainingSAEConfig(CrosscoderTrainingFields, StandardTrainingSAEConfig):
+    """Config of :class:`CrosscoderStandardTrainingSAE`: layers, loss, and SAELens' standard fields."""
+
     @classmethod
     def architecture(cls) -> str:
         return "crosscoder_standard"

@@ -87,6 +87,7 @@ AGGREGATORS: dict[str, Aggregator] = {
     "mean": Aggregator(_mean),
     "attention": Aggregator(_attention, ("router_query",)),
 }
+"""What the router sees, by the name that ``aggregator`` of a config gives."""
 
 
 class Choice(NamedTuple):
@@ -199,6 +200,8 @@ ROUTINGS: dict[str, Routing] = {
     "oracle": Routing(_oracle, learned=False),  # the layer the shared SAE reconstructs best
     "every": Routing(_every, learned=False),  # MLSAE: every layer's activation is an input of its own
 }
+"""How a layer is chosen, by the name that ``routing`` of a config gives."""
+
 RANDOM_PER = ("token", "batch")
 
 

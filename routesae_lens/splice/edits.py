@@ -87,7 +87,8 @@ Positions = str | slice | Collection[int] | Callable[[Tensor], Tensor]
 """Tokens to steer: "all", "prompt", "generated", a slice, token ids, or a predicate of token ids.
 
 A slice counts the tokens of each sequence, without padding; negative bounds count back from the end of the
-prompt. A predicate takes token ids (batch, pos) and returns booleans of that shape.
+prompt. A predicate takes token ids (batch, pos) and returns booleans of that shape. It must judge each token by
+itself: with a KV cache it is asked about the new tokens alone.
 """
 _NAMED = ("all", "prompt", "generated")
 
@@ -128,14 +129,21 @@ def _maximum(latent: int, maxima: Mapping[int, float] | Tensor | None) -> float:
             f"the strength for latent {latent} is relative to the feature's maximum: give maxima={{{latent}: ...}}, "
             "or all of them, as FeatureSet.max_activation is"
         )
+    found: Any = "none for it"
     try:
-        maximum = float(maxima[latent])
-    except (KeyError, IndexError):
+        found = maxima[latent]
+        maximum = float(found)
+    except (KeyError, IndexError, ValueError):
         maximum = math.nan
+    except TypeError as error:
+        raise TypeError(
+            f"maxima must be a mapping or a tensor of numbers by latent, such as FeatureSet.max_activation; got "
+            f"{type(maxima).__name__}"
+        ) from error
     if not (math.isfinite(maximum) and maximum > 0):
         raise ValueError(
             f"the strength for latent {latent} is relative to its maximum, and maxima has "
-            f"{maximum if maximum == maximum else 'none for it'}; expected a positive number"
+            f"{found if isinstance(found, str) else maximum}; expected a positive number"
         )
     return maximum
 
@@ -149,12 +157,15 @@ def check_positions(positions: Positions) -> None:
         if positions.step is not None and (not isinstance(positions.step, int) or positions.step < 1):
             raise ValueError(f"positions has the step {positions.step!r}; expected a positive number or none")
         for bound in (positions.start, positions.stop):
-            if bound is not None and not isinstance(bound, int):
+            if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int)):
                 raise ValueError(f"positions has the bound {bound!r}; expected a whole number or none")
     elif isinstance(positions, Collection):
         ids = list(positions)
-        if not ids or any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
-            raise ValueError(f"positions as token ids must be whole numbers, at least one, got {ids!r}")
+        whole = all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids)
+        if not ids or not whole or isinstance(positions, bytes):
+            raise ValueError(
+                f"positions as token ids must be whole numbers of 0 or more, at least one, got {positions!r}"
+            )
     elif not callable(positions):
         raise TypeError(
             f"positions must be one of {', '.join(map(repr, _NAMED))}, a slice, token ids or a function of token "

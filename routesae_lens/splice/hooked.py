@@ -342,7 +342,7 @@ class RouteSAETransformerBridge(Steering, SAETransformerBridge):
             return None if input.is_floating_point() else torch.atleast_2d(input), mask
         side = kwargs.get("padding_side") or getattr(self.tokenizer, "padding_side", "right")
         tokens = self.to_tokens(input, prepend_bos=kwargs.get("prepend_bos"), padding_side=side)
-        if mask is None and side == "left" and not isinstance(input, str) and len(input) > 1:
+        if mask is None and not isinstance(input, str) and len(input) > 1:
             mask = get_attention_mask(
                 self.tokenizer, tokens, prepend_bos=self.cfg.default_prepend_bos, padding_side=side
             )

@@ -59,6 +59,13 @@ def check_cache(cache: Any, start: int, points: tuple[str, ...]) -> None:
             f"this KV cache holds between {min(lengths)} and {max(lengths)} positions, not the same number in "
             "every layer: a pass was interrupted. Begin with an empty one."
         )
+    if isinstance(cache, TransformerLensKeyValueCache):
+        masked = cache.previous_attention_mask.shape[1]  # (0 where masks are not kept here, as in generate)
+        if masked not in (0, start):
+            raise ValueError(
+                f"this KV cache holds {start} positions and a mask of {masked}: a pass was interrupted. Begin with "
+                "an empty one."
+            )
     if start and before != points:
         raise ValueError(
             f"this KV cache holds {start} positions that were computed with {_listed(before)} attached, and now "
@@ -78,6 +85,21 @@ def check_unspliced(cache: Any) -> None:
         raise ValueError(
             f"this KV cache was begun with {_listed(record.points)} attached, and now nothing is. Begin with an "
             "empty cache, or attach the same again."
+        )
+
+
+def check_attention(cache: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse a cache with the state of recurrent layers, which a second pass would move on once more.
+
+    Raises:
+        NotImplementedError: the model has recurrent layers (Mamba, RecurrentGemma and their hybrids).
+    """
+    layers = getattr(cache, "layers", ())
+    if kwargs.get("cache_params") is not None or not all(hasattr(one, "get_seq_length") for one in layers):
+        raise NotImplementedError(
+            "this model has recurrent layers, and what a cache holds of them cannot be shared by a routing and a "
+            "spliced pass. Use generate(..., use_past_kv_cache=False); where that needs hf_generate (Mamba), call "
+            "the model on the whole sequence for every token."
         )
 
 
@@ -137,9 +159,15 @@ class HookedPasses:
                 self.residual, tokens, shortformer, mask = model.input_to_embed(
                     input, **sides, attention_mask=mask, past_kv_cache=self.cache
                 )
+                known = mask
+                if mask is None and isinstance(input, list) and len(input) > 1:
+                    # Padding that comes last needs no mask in attention, but it is no text either.
+                    known = tl_utilities.get_attention_mask(
+                        model.tokenizer, tokens, model.cfg.default_prepend_bos
+                    )
             start_at = 0
         else:
-            self.residual = input
+            self.residual, known = input, mask
         self.start_at = start_at + len(model.blocks) if start_at < 0 else start_at
         self.outer = {key: kwargs.pop(key, None) for key in ("return_type", "loss_per_token")}
         self.stop_at = kwargs.pop("stop_at_layer", None)
@@ -148,7 +176,7 @@ class HookedPasses:
         self.options = kwargs | {"attention_mask": mask, "shortformer_pos_embed": shortformer}
         self.tokens = tokens
         batch, length = self.residual.shape[:2]
-        whole = mask is not None and mask.ndim == 2 and mask.shape[1] == start + length
+        whole = known is not None and known.ndim == 2 and known.shape[1] == start + length
         self.window = Window(
             batch=batch,
             length=length,
@@ -157,9 +185,9 @@ class HookedPasses:
             growing=growing or self.cache is not None,
             device=self.residual.device,
             tokens=None if tokens is None else tokens[:, -length:],
-            mask=mask.bool() if whole else None,
+            mask=known.bool() if known is not None and whole else None,
         )
-        if self.cache is not None and begun(self.cache) is None:
+        if self.cache is not None and (not start or begun(self.cache) is None):
             clean = None
             if layers is not None:
                 entry = TransformerLensKeyValueCacheEntry.init_cache_entry
@@ -251,6 +279,7 @@ class BridgePasses:
         self.cache = kwargs.pop("past_key_values", None)
         if self.cache is None and cached:
             self.cache = self._new_cache()  # as the model would make it, but known here
+        check_attention(self.cache, kwargs)
         start = 0 if self.cache is None else self.cache.get_seq_length()
         if self.cache is not None:
             kwargs["use_cache"] = True
@@ -259,6 +288,9 @@ class BridgePasses:
                     f"past_key_values is a {type(self.cache).__name__}; with a RouteSAE or Crosscoder attached "
                     "expected a transformers.DynamicCache (or use_cache=True, which makes one)"
                 )
+            if layers is not None and not self.cache.layers:
+                # Made without the model's config, it would get layers as they run, and skipped ones never do.
+                self.cache.layers = self._new_cache().layers
             check_cache(self.cache, start, points)
         self.kwargs = kwargs
         shape = input.shape[:2] if tokens is None else tokens.shape
@@ -274,7 +306,7 @@ class BridgePasses:
             tokens=tokens,
             mask=mask.bool() if mask is not None and whole else None,
         )
-        if self.cache is not None and begun(self.cache) is None:
+        if self.cache is not None and (not start or begun(self.cache) is None):
             clean = None if layers is None else self._new_cache()
             setattr(self.cache, _RECORD, Begun(points, self.window.prompt, clean))
         self._outputs: list[Any] = []

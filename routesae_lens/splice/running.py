@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -34,6 +35,11 @@ class Generation:
     max_new_tokens: int
     prompt: int | None = None
     """Positions of the prompt, known with the first pass."""
+
+    def __post_init__(self) -> None:
+        n = self.max_new_tokens
+        if isinstance(n, bool) or not isinstance(n, Integral) or n < 1:
+            raise ValueError(f"max_new_tokens must be a whole number of 1 or more, got {n!r}")
 
 
 class RouteSplicing(Attaching):
@@ -189,7 +195,11 @@ class RouteSplicing(Attaching):
         }
 
     def _check_length(self, window: Window) -> None:
-        """Refuse a sequence that the model has no positions for, now or when it has generated all."""
+        """Refuse an empty sequence, and one that the model has no positions for, now or when all is generated."""
+        if not window.batch or not window.length:
+            raise ValueError(
+                f"got {window.batch} sequences of {window.length} tokens; expected at least one of each"
+            )
         context = getattr(self.cfg, "n_ctx", None)  # type: ignore[attr-defined]
         length, running = window.start + window.length, self._generation
         if context is None:
@@ -227,7 +237,8 @@ class RouteSplicing(Attaching):
         as no two logits or routes are within rounding of each other.
 
         Raises:
-            ValueError: prompt and ``max_new_tokens`` exceed the model's context; as :meth:`forward`.
+            ValueError: ``max_new_tokens`` is no whole number of 1 or more, the prompt is empty, both exceed
+                the model's context; as :meth:`forward`.
         """
         parent: Any = super()
         if not (self._attached or self._steerings):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from sae_lens import SAE
+from sae_lens.analysis.hooked_sae_transformer import _SAEWrapper
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
@@ -55,7 +56,8 @@ class Steering(RouteSplicing):
             edits: ``Set``, ``Add``, ``Scale`` or ``Ablate`` by latent index. Strengths are in units of the
                 latents; for a RouteSAE with hard routing these have been multiplied by p.
             positions: which tokens: "all", "prompt", "generated", a slice (without padding; negative
-                bounds count back from the prompt's end), token ids, or a function of token ids.
+                bounds count back from the prompt's end), token ids, or a function of token ids that
+                judges each token by itself (with a KV cache it is asked about the new tokens alone).
             layers: for a RouteSAE "routed" (default: each token at its routed layer, as in the paper),
                 "all" or block numbers (every token there, whatever its route, at the scale of its own
                 route); for a Crosscoder "all" (default) or block numbers. Other SAEs have one.
@@ -69,7 +71,8 @@ class Steering(RouteSplicing):
 
         Raises:
             ValueError: a latent out of range, a relative strength without a maximum, an SAE that does not
-                fit the model, layers that it does not read, or an option that its attachment fixes.
+                fit the model or whose hook another SAE has, layers that it does not read, or an option that
+                its attachment fixes.
             TypeError: something that is no SAE, edits that are none, or an option without use for this SAE.
         """
         if not isinstance(sae, SAE):
@@ -91,6 +94,7 @@ class Steering(RouteSplicing):
                         "that out, or detach it first"
                     )
             else:
+                self._check_no_other(sae)
                 attaching = self.saes(
                     sae,
                     use_error_term=True if use_error_term is None else use_error_term,
@@ -106,6 +110,26 @@ class Steering(RouteSplicing):
             self._steerings.append(mark)
             steering.callback(self._steerings.remove, mark)
             yield self
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._steerings:
+            raise ValueError(
+                "a steered model cannot be copied or pickled, for its edits would not work in the copy; copy it "
+                "outside the steer block and steer the copy"
+            )
+        return self.__dict__
+
+    def _check_no_other(self, sae: SAE[Any]) -> None:
+        """Refuse an ordinary SAE where SAELens would put it in the place of another, whose edits would be lost."""
+        if isinstance(sae, StackSAE):
+            return  # (these never displace)
+        taken = self._kinds_by_path()
+        for path in self._paths(sae):
+            if path not in taken and isinstance(self._hook_at(path), _SAEWrapper):
+                raise ValueError(
+                    f"{path} carries another SAE, which steering this one would displace. There is one SAE at a "
+                    f"hook: end the other's steer block, or reset_saes({path!r}) first"
+                )
 
     def _carries(self, sae: SAE[Any]) -> bool:
         if isinstance(sae, StackSAE):

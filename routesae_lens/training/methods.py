@@ -43,6 +43,8 @@ SET_ELSEWHERE = {
 
 
 class Method(NamedTuple):
+    """One way to train an SAE, for a sweep: what makes its config, and what its sparsity number is."""
+
     make: MakeConfig
     sparsity: str = "k"
     """A key of :data:`SPARSITIES`."""
@@ -153,6 +155,7 @@ METHODS: dict[str, Method] = {
     "crosscoder_batchtopk": _crosscoder("crosscoder_batchtopk", "k"),
     "crosscoder_relu": _crosscoder("crosscoder_standard", "l1_coefficient", sparsity="l1", auxiliary=False),
 }
+"""The methods of a sweep by name; ``METHODS | {...}`` adds yours."""
 
 
 def find_method(name: str, methods: Mapping[str, Method] = METHODS) -> tuple[Method, int | None]:

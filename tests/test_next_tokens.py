@@ -1,0 +1,53 @@
+"""Cross-entropy and KL of a batch in chunks, against the same in float64 at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from routesae_lens.analysis import next_tokens
+from routesae_lens.analysis.next_tokens import NextTokens
+
+TOKENS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+KEEP = torch.tensor([[0, 1, 1, 0, 1], [0, 1, 1, 1, 1]], dtype=torch.bool)
+PREDICTED = [(0, 1), (1, 1), (1, 2), (1, 3)]  # kept, and so is the next one
+
+
+def logits(seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return 30 * torch.randn(2, 5, 11, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("chunk", [1, 33, 10_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_as_in_float64_at_once(chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(next_tokens, "CHUNK", chunk)
+    clean, other = logits(0, dtype), logits(1, dtype)
+    log_p, log_q = clean.double().log_softmax(-1), other.double().log_softmax(-1)
+    kl, cross_entropy = NextTokens(clean, TOKENS, KEEP).compare(other)
+    torch.testing.assert_close(kl, (log_p.exp() * (log_p - log_q)).sum(-1), rtol=1e-5, atol=3e-5)
+    one_by_one = {
+        name: -sum(log_probs[row, pos, TOKENS[row, pos + 1]].item() for row, pos in PREDICTED)
+        for name, log_probs in (("clean", log_p), ("other", log_q))
+    }
+    ours = NextTokens(clean, TOKENS, KEEP)
+    assert ours.predicted == len(PREDICTED)
+    assert cross_entropy == pytest.approx(one_by_one["other"], rel=1e-5)
+    assert ours.cross_entropy() == pytest.approx(one_by_one["clean"], rel=1e-5)
+    assert ours.cross_entropy(other) == pytest.approx(one_by_one["other"], rel=1e-5)
+
+
+def test_the_same_distribution_has_no_divergence():
+    clean = logits(0)
+    kl = NextTokens(clean, TOKENS, KEEP).kl(clean + 7.0)  # a shift of all logits changes nothing
+    assert kl.abs().max() < 1e-5
+
+
+def test_small_divergences_are_not_lost_in_rounding():
+    """KL of nearly equal distributions is half the variance of the difference of their logits."""
+    clean = logits(0) / 30
+    change = 1e-2 * logits(1) / 30
+    p = clean.double().softmax(-1)
+    variance = (p * change.double().pow(2)).sum(-1) - (p * change.double()).sum(-1).pow(2)
+    torch.testing.assert_close(
+        NextTokens(clean, TOKENS, KEEP).kl(clean + change), variance / 2, rtol=2e-2, atol=1e-6
+    )
