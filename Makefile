@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test check format clean
+.PHONY: help venv quickstart notebooks docs test check format clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -22,6 +22,15 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)  ## Run recipes/quickstart.py
 	$(BIN)/python recipes/quickstart.py
 
+notebooks: $(STAMP)  ## Open the notebooks in JupyterLab
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[notebooks]"
+	$(BIN)/jupyter lab notebooks
+
+docs: $(STAMP)  ## Write docs/api.md and build the API reference, build/docs/routesae_lens.html
+	$(BIN)/python docs/make_api.py
+	$(BIN)/python -W "ignore:Error parsing type annotation" -m pdoc --docformat google --no-show-source \
+		--output-directory build/docs routesae_lens '!routesae_lens[.]'  # without its modules: public names only
+
 test: $(STAMP)  ## Run the tests (no model hub is asked)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
 
@@ -30,7 +39,8 @@ check: $(STAMP)  ## Formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: $(STAMP)  ## Format the code and sort the imports
+format: $(STAMP)  ## Format the code, sort the imports, strip the notebooks
+	$(BIN)/nbstripout --extra-keys metadata.language_info notebooks/*.ipynb
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
