@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart notebooks docs test check format clean
+.PHONY: help venv quickstart notebooks docs test bench check format clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -33,6 +33,10 @@ docs: $(STAMP)  ## Write docs/api.md and build the API reference, build/docs/rou
 
 test: $(STAMP)  ## Run the tests (no model hub is asked)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+bench: $(STAMP)  ## Measure speed and memory against SAELens and others (recipes/benchmarks/README.md)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
+	$(BIN)/python -m pytest -o addopts=--benchmark-quiet -v recipes/benchmarks $(ARGS)
 
 check: $(STAMP)  ## Formatting, lint and types
 	$(BIN)/ruff format --check .

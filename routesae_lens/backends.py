@@ -29,7 +29,8 @@ class LayersHookPoint(HookPoint):
         super().__init__()
         self.n_layers = n_layers
         self.taps: list[RemovableHandle] = []
-        self._parts: list[Tensor] = []
+        self._seen = 0
+        self._stack: Tensor | None = None  # filled layer by layer, so that no layer's output is kept for it
 
     @property
     def listening(self) -> bool:
@@ -46,28 +47,32 @@ class LayersHookPoint(HookPoint):
     def remove_hooks(self, *args: Any, **kwargs: Any) -> None:
         super().remove_hooks(*args, **kwargs)
         if not self.listening:
-            self._parts.clear()  # a forward that stopped early has left its part of the stack
+            self._drop()  # a forward that stopped early has left its part of the stack
 
     def put(self, index: int, activation: Tensor) -> None:
         """Take the activation of the ``index``-th listed layer."""
         if index == 0:
-            self._parts.clear()  # what an interrupted forward may have left
+            self._drop()  # what an interrupted forward may have left
         if not self.listening:
             return
-        if index != len(self._parts):
-            seen = len(self._parts)
-            self._parts.clear()
+        if index != self._seen:
+            seen = self._seen
+            self._drop()
             raise RuntimeError(
                 f"{self.name}: listed layer {index + 1} of {self.n_layers} ran when {seen} had run before it. "
                 "Does the forward start after the first listed layer (start_at_layer)?"
             )
-        self._parts.append(activation)
-        if index < self.n_layers - 1:
-            return
-        parts, self._parts = self._parts, []
+        width = activation.shape[-1]
         with torch.inference_mode(False):  # inference tensors do not count their in-place edits
-            stack = torch.cat([part.to(activation.device) for part in parts], dim=-1)
-        del parts
+            stack = self._stack
+            if stack is None:
+                stack = activation.new_empty(*activation.shape[:-1], self.n_layers * width)
+            stack = stack.to(activation.device, torch.promote_types(stack.dtype, activation.dtype))
+            stack[..., index * width : (index + 1) * width] = activation
+        self._seen, self._stack = index + 1, stack
+        if self._seen < self.n_layers:
+            return
+        self._drop()
         version = stack._version
         out = self(stack)
         if out is not stack or stack._version != version:
@@ -82,7 +87,10 @@ class LayersHookPoint(HookPoint):
         for handle in self.taps:
             handle.remove()
         self.taps.clear()
-        self._parts.clear()
+        self._drop()
+
+    def _drop(self) -> None:
+        self._seen, self._stack = 0, None
 
 
 @runtime_checkable

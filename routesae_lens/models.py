@@ -22,6 +22,7 @@ def load_model(
     device: str | None = None,
     dtype: str = "float32",
     model_class: Any = None,
+    attn_implementation: str | None = None,
 ) -> Any:
     """Load a language model that ``mount_layers`` and SAELens' runners accept.
 
@@ -34,9 +35,14 @@ def load_model(
         dtype: of the weights, for instance "float32" or "bfloat16".
         model_class: a subclass to load instead, such as HookedRouteSAETransformer (backend "hooked") or
             RouteSAETransformerBridge (backend "bridge").
+        attn_implementation: transformers' name of the attention kernel, such as "sdpa", "eager" or
+            "flash_attention_2"; by default its choice, which is "sdpa" for most architectures. Backend
+            "huggingface" alone has the choice: the others compute attention step by step, since each step
+            has a hook.
 
     Raises:
-        ValueError: unknown backend or dtype, or a local folder that backend "hooked" cannot read.
+        ValueError: unknown backend or dtype, an attention kernel that the backend or the architecture does
+            not have, or a local folder that backend "hooked" cannot read.
         OSError: neither a folder nor a reachable hub name (from transformers).
     """
     if backend not in BACKENDS:
@@ -46,6 +52,11 @@ def load_model(
         raise ValueError(f"unknown dtype {dtype!r}; expected float32, bfloat16 or float16")
     if model_class is not None and backend == "huggingface":
         raise ValueError("model_class goes with backend 'bridge' or 'hooked'")
+    if attn_implementation not in (None, "eager") and backend != "huggingface":
+        raise ValueError(
+            f"backend {backend!r} has no attn_implementation {attn_implementation!r}: it computes attention step "
+            "by step for its hooks (\"eager\"); use backend 'huggingface'"
+        )
     device = device or default_device()
     try:
         kind = torch.device(device).type
@@ -55,7 +66,7 @@ def load_model(
         raise ValueError(f"device {device!r} was asked for, but torch sees no CUDA GPU here")
     source = str(demo_model_path() if name == DEMO_MODEL else name)
     if backend == "huggingface":
-        return _load_proxy(source, device, torch_dtype)
+        return _load_proxy(source, device, torch_dtype, attn_implementation)
     if backend == "bridge":
         return (model_class or TransformerBridge).boot_transformers(source, device=device, dtype=torch_dtype)
     hooked = model_class or HookedTransformer
@@ -69,8 +80,8 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _load_proxy(source: str, device: str, dtype: torch.dtype) -> HookedProxyLM:
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+def _load_proxy(source: str, device: str, dtype: torch.dtype, attention: str | None) -> HookedProxyLM:
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention)
     model.config.use_cache = False  # nothing here decodes step by step through this class
     # Hooks on blocks, attention and MLPs alone: one on every submodule costs time and breaks compilation.
     names = [

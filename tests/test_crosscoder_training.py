@@ -99,7 +99,8 @@ def test_the_auxiliary_loss_is_on_the_scale_of_the_reconstruction_loss(architect
     plain = make(architecture, loss="mse", **options)
     out = step(plain, stack, dead=dead)
     terms = []
-    for x, x_hat, pre in zip(out.sae_in, out.sae_out, out.hidden_pre, strict=True):
+    hidden_pre = plain.encode_with_hidden_pre(out.sae_in)[1]
+    for x, x_hat, pre in zip(out.sae_in, out.sae_out, hidden_pre, strict=True):
         # fewer dead latents than d_in / 2: all of them reconstruct, scaled by their share of d_in / 2
         aux = torch.zeros_like(pre)
         aux[dead] = pre[dead] / plain.W_dec[dead].norm(dim=-1)

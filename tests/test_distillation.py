@@ -70,7 +70,7 @@ def test_distillation_teaches_the_router():
     sae = make(routing="distilled", oracle_fraction=1.0, explore=0.0, k=1)
     with torch.no_grad():
         units = standardize(rows).x / (D_MODEL - 1) ** 0.5
-        sae.W_dec.zero_()[:3] = units
+        sae.W_dec[:3] = units
         sae.W_enc.zero_()[:, :3] = units.T
     best = sae.layer_errors(sae.split(stack)).argmin(-1)
     assert (best == kind).float().mean() > 0.95

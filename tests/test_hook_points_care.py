@@ -56,16 +56,16 @@ def test_it_costs_nothing_while_nobody_listens(model, site, monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("the stack was made although nobody listens")
 
-    monkeypatch.setattr("routesae_lens.backends.torch.cat", cat := spy(torch.cat))
+    monkeypatch.setattr(torch.Tensor, "new_empty", made := spy(torch.Tensor.new_empty))
     monkeypatch.setattr("routesae_lens.backends._TapInside.leave", no_transient_taps)
     monkeypatch.setattr(point, "forward", forbidden)
     model(TOKENS)
-    assert not [shape for shape in cat.shapes if shape[-1] == 96] and point._parts == []
+    assert not [shape for shape in made.shapes if shape[-1] == 96] and point._stack is None
 
 
-def spy(cat):
+def spy(make):
     def wrapped(*args, **kwargs):
-        out = cat(*args, **kwargs)
+        out = make(*args, **kwargs)
         wrapped.shapes.append(tuple(out.shape))
         return out
 
@@ -91,7 +91,7 @@ def test_after_an_exception_nothing_stale_is_left(model, site):
     name = mount_layers(model, LAYERS, site)
     expected = stack_of(model, name)
     point = model.hook_dict[name]
-    parts = []
+    stacks = []
 
     def hooks_on_modules() -> int:
         return sum(len(module._forward_hooks) for module in getattr(model, "model", model).modules())
@@ -99,13 +99,13 @@ def test_after_an_exception_nothing_stale_is_left(model, site):
     before = hooks_on_modules()
 
     def abort(x, hook):
-        parts.extend(weakref.ref(part) for part in point._parts)
+        stacks.append(weakref.ref(point._stack))
         raise _Abort
 
     with pytest.raises(_Abort):
         fwd_hooks = [(layer_hook_name(model, 3, "hook_resid_post"), abort), (name, lambda x, hook: None)]
         model.run_with_hooks(TOKENS, fwd_hooks=fwd_hooks)
-    assert len(parts) == 2 and point._parts == []
+    assert len(stacks) == 1 and point._stack is None
     with pytest.raises(_Abort):
         fwd_hooks = [(layer_hook_name(model, 2, "hook_mlp_out"), _abort), (name, lambda x, hook: None)]
         model.run_with_hooks(TOKENS, fwd_hooks=fwd_hooks)
@@ -116,7 +116,7 @@ def test_after_an_exception_nothing_stale_is_left(model, site):
 def test_stopping_too_early_leaves_nothing_for_a_later_start(tiny_hooked):
     name = mount_layers(tiny_hooked, LAYERS)
     residual, cache = tiny_hooked.run_with_cache(TOKENS, names_filter=name, stop_at_layer=2)
-    assert name not in cache and tiny_hooked.hook_dict[name]._parts == []
+    assert name not in cache and tiny_hooked.hook_dict[name]._stack is None
     with pytest.raises(RuntimeError, match="start_at_layer"):
         tiny_hooked.run_with_cache(residual, names_filter=name, start_at_layer=2)
     tiny_hooked(residual, start_at_layer=2)  # nobody listens: nothing to complain about

@@ -117,13 +117,15 @@ def test_faults_that_stay_are_a_failure_after_all_tries(fault: str):
 
 
 def test_retry_after_is_obeyed_as_seconds_and_as_a_date():
-    headers = ["0.4", formatdate(time.time() + 2.0, usegmt=True), "nonsense"]
-    for header, least, most in zip(headers, (0.4, 0.5, 0.0), (1.5, 4.0, 1.5), strict=True):
+    not_before = int(time.time()) + 2
+    for header, least in (("0.4", 0.4), (formatdate(not_before, usegmt=True), 0.0), ("nonsense", 0.0)):
         fault = refusal(429, "slow down", Retry_After=header)
         with judge_server(lambda _, nth, fault=fault: fault if nth == 0 else completion(GOOD)) as server:
             ask(judge(server.url))
         first, second = (request["time"] for request in server.requests)
-        assert least <= second - first < most, header
+        assert second - first >= least, header
+        if header.endswith("GMT"):
+            assert time.time() >= not_before  # (however long the machine took until the first answer)
 
 
 def test_waiting_for_another_try_ends_when_the_run_stops():

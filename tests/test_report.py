@@ -166,6 +166,35 @@ def test_what_cannot_work_is_refused(case: str, run: Path, monkeypatch: pytest.M
     assert not list(run.parent.rglob("*.html"))
 
 
+def test_a_damaged_file_is_named(tmp_path: Path):
+    edits: list[tuple[str, Any]] = [
+        ("config", None), ("config", {"saes": ["route"]}), ("seeds", [1]), ("versions", 3),
+        ("config", {"saes": {"route": {"d_sae": "big"}}}), ("config", {"saes": {"route": {"layers": [2]}}}),
+        ("config", {"saes": {"route": {"d_sae": 40}}, "training_tokens": "many"}),
+    ]  # fmt: skip
+    for number, (name, value) in enumerate(edits):
+        run = write_run(tmp_path / str(number))
+        record = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps(record | {name: value}))
+        with pytest.raises(ValueError, match=r"run\.json is damaged"):
+            write_report(run)
+    run = write_run(tmp_path / "log")
+    whole = (run / "log.jsonl").read_text()
+    for line in (
+        "garbage",
+        '{"step": 1, "route/losses/overall_loss": 3}',
+        '{"tokens": "x", "route/eval/kl": 1}',
+    ):
+        (run / "log.jsonl").write_text(f"{whole}{line}\n")
+        with pytest.raises(ValueError, match=r"log\.jsonl is damaged"):
+            write_report(run)
+    (run / "log.jsonl").write_text(whole + '{"step": 21, "tok')  # a run that is being written, or was killed
+    assert len(gather(run).curves) == 20 + 1
+    (run / "steering.json").write_text('{"doses": {"feature": 1, "edit": "x", "rows": 5}}')
+    with pytest.raises(ValueError, match=r"steering\.json is damaged"):
+        write_report(run)
+
+
 def test_files_of_another_sae_are_refused(run: Path):
     layers = feature_set(many_features(2))
     layers.layer_tokens = {2: 5, 4: 5}

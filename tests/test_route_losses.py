@@ -158,9 +158,10 @@ def test_topk_auxiliary_loss(name, dead):
     sae = make(architecture, aux_loss_coefficient=0.7, **kwargs)
     out = step(sae, stacks(9), dead)
     k = min(D_MODEL // 2, len(dead))
+    hidden_pre = sae.encode_with_hidden_pre(out.sae_in)[1]
     terms = [
         float(revive(sae, pre, x - x_hat, dead, k) / x.pow(2).sum())
-        for x, x_hat, pre in zip(out.sae_in, out.sae_out, out.hidden_pre, strict=True)
+        for x, x_hat, pre in zip(out.sae_in, out.sae_out, hidden_pre, strict=True)
     ]
     expected = 0.7 * min(len(dead) / (D_MODEL // 2), 1.0) * by_token(terms) if dead else 0.0
     assert out.losses["auxiliary_reconstruction_loss"].item() == pytest.approx(expected, rel=1e-4)

@@ -55,7 +55,14 @@ def test_24_saes_fit_in_24_gib_at_smollm2_size():
     assert estimate.weights == pytest.approx(4 * (18 * routed + 6 * crosscoder), rel=0.01)
     assert estimate.moments == 2 * estimate.weights
     assert estimate.gradient == pytest.approx(4 * crosscoder, rel=0.01)
-    assert estimate.buffer == 4 * (16 + 1) * 576 * (2 * (8192 + 2048) + 2048)
+    assert estimate.buffer == 4 * (16 + 1) * 576 * (8192 + 2048 - 1)
+    assert estimate.batches == 4 * (16 + 1) * 576 * 2048
+    small = estimate_memory(model, configs, batch_size=2048, buffer_dtype="bfloat16", prefetch=3)
+    assert small.buffer == estimate.buffer / 2 and small.batches == estimate.batches / 2 * 5
+    apart = estimate_memory(model, configs, batch_size=2048, buffer_apart=True)
+    assert (apart.buffer, apart.host_buffer) == (0, estimate.buffer)
+    assert apart.training == estimate.training - estimate.buffer
+    assert "0.37 GiB of main memory" in str(apart)
     assert 8 * 2**30 < estimate.peak < 12 * 2**30
 
 

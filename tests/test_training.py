@@ -165,6 +165,18 @@ def test_unit_norm_holds_before_the_first_step_every_n_steps_and_at_the_end(
     assert max(off_by) < 0.1  # the decoder starts with norm 0.1, so it was set before the first step
 
 
+def test_an_evaluator_is_called_at_the_end_in_any_case(tiny_hooked: HookedTransformer, tmp_path: Path):
+    for eval_every, calls in ((0, 1), (5, 3), (6, 2), (100, 1)):  # of 12 steps
+        called: list[int] = []
+        run(
+            tiny_hooked,
+            tmp_path / str(eval_every),
+            evaluator=lambda called=called, **_: called.append(1) or {},
+            eval_every=eval_every,
+        )
+        assert len(called) == calls, eval_every
+
+
 def test_text_trains_on_every_backend(tiny_bridge: Any, tiny_proxy: Any, tmp_path: Path):
     text = tmp_path / "text.txt"
     text.write_text(

@@ -283,7 +283,12 @@ class prepared(ExitStack):
         activations = torch.zeros(*keep.shape, len(latents), dtype=torch.float64, device=keep.device)
         keep[:, :start] = False
         if latents and keep.any():
-            acts = subject.autoencode(reading, keep)[0][:, latents].double()
+            active = subject.autoencode(reading, keep)[0]
+            acts = torch.zeros(
+                int(keep.sum()), subject.sae.cfg.d_sae, dtype=torch.float64, device=keep.device
+            )
+            acts[active.token, active.latent] = active.value.double()
+            acts = acts[:, latents]
             if reading.route is not None:
                 acts = acts / reading.route.scale[keep].double()[:, None]
             activations[keep] = acts

@@ -28,7 +28,8 @@ from routesae_lens.analysis.contexts import (
 from routesae_lens.analysis.feature_set import BlockActivity, Context, Feature, FeatureRule, FeatureSet
 from routesae_lens.analysis.stream import read_batches, subjects_of
 from routesae_lens.analysis.subjects import Reading, Subject
-from routesae_lens.splice.replace import kept_rows
+from routesae_lens.saes.fast_topk import Latents, encode_fast
+from routesae_lens.splice.replace import encode_stack, kept_rows
 
 PAPER_NORM = 2048**0.5
 """Norm of the standardised activations (d_model 2048) that the paper's threshold of 15 belongs to."""
@@ -155,13 +156,14 @@ class _Collection:
         """``ids`` and ``place`` (in the flattened text) are those of the kept tokens."""
         if not len(ids):
             return
-        latents = _latents(self.subject, reading, keep)
-        if not torch.isfinite(latents.max()):  # (a maximum over NaN is NaN)
+        token, feature, value = _latents(self.subject, reading, keep)
+        if not torch.isfinite(value).all():
             raise ValueError(f"SAE {self.name!r} has activations that are not finite")
-        token, feature = (latents > 0).nonzero(as_tuple=True)
+        positive = value > 0  # (without a ReLU some are not)
+        token, feature, value = token[positive], feature[positive], value[positive]
         route, layer = reading.route, reading.layer[keep]
         scale = torch.ones_like(layer, dtype=torch.float64) if route is None else route.scale[keep].double()
-        activation = latents[token, feature].double() / scale[token]
+        activation = value.double() / scale[token]
         strength = activation
         if self.rule.relative:
             norm = _input_norm(self.subject, reading, keep)
@@ -286,10 +288,12 @@ def _limits(rows: ContextRows | None, rule: FeatureRule, d_sae: int, n_classes: 
     return retained, crowded
 
 
-def _latents(subject: Subject, reading: Reading, keep: Tensor) -> Float[Tensor, "token d_sae"]:
+def _latents(subject: Subject, reading: Reading, keep: Tensor) -> Latents:
+    sae: Any = subject.sae
     if reading.route is not None:
-        return subject.sae.encode_routed(reading.route.input[keep])
-    return subject.sae.encode(kept_rows(reading.x, keep))
+        return Latents.of(encode_fast(sae, reading.route.input[keep], sae.encode_routed))
+    rows = kept_rows(reading.x, keep)
+    return Latents.of(encode_stack(sae, rows) if reading.every_layer else encode_fast(sae, rows, sae.encode))
 
 
 def _input_norm(subject: Subject, reading: Reading, keep: Tensor) -> Float[Tensor, " token"]:

@@ -89,14 +89,15 @@ class Tally:
         self.has_unscaled = False
 
     def add_reading(self, reading: Reading, keep: Tensor) -> None:
-        acts, out = self.subject.autoencode(reading, keep)
-        self.tokens += len(acts)
+        latents, out = self.subject.autoencode(reading, keep)
+        tokens = int(keep.sum())
+        self.tokens += tokens
         self.every_layer = reading.every_layer
         z, layer = reading.original[keep], reading.layer[keep].cpu()
         if reading.every_layer:  # each layer of a token is a reconstruction of its own
             n_layers = len(self.count)
             z, out = split_layers(z, n_layers).flatten(0, 1), split_layers(out, n_layers).flatten(0, 1)
-            layer = torch.arange(n_layers).repeat(len(acts))
+            layer = torch.arange(n_layers).repeat(tokens)
         z = z.double()
         error = (z - out.double()).pow(2).sum(-1).cpu()
         z = z.cpu()
@@ -108,7 +109,7 @@ class Tally:
         self.square.index_add_(0, layer, square)
         self.error.index_add_(0, layer, error)
         self.ratio.index_add_(0, layer, error / square.clamp_min(1e-12))
-        self.fired += acts.bool().sum(0).double().cpu()
+        self.fired += latents.latent.bincount(minlength=len(self.fired)).double().cpu()
         if reading.route is None:
             self.p += float(keep.sum())
         else:

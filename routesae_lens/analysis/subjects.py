@@ -14,6 +14,7 @@ from torch import Tensor
 
 from routesae_lens.hook_points import SITES, join_layers, layer_hook_name, split_layers
 from routesae_lens.saes.crosscoder import Crosscoder
+from routesae_lens.saes.fast_topk import Latents, decode_fast, encode_fast
 from routesae_lens.saes.route_sae import RouteSAE, inference_form
 from routesae_lens.saes.router import Route, standardize
 from routesae_lens.splice.replace import (
@@ -21,6 +22,7 @@ from routesae_lens.splice.replace import (
     check_device,
     chosen_layers,
     crosscoder_hooks,
+    encode_stack,
     kept_rows,
     splice_hooks,
 )
@@ -60,7 +62,7 @@ class Subject(Protocol):
         ...
 
     def read(self, activation: Tensor, draw: int) -> Reading: ...
-    def autoencode(self, reading: Reading, keep: Tensor) -> tuple[Tensor, Tensor]:
+    def autoencode(self, reading: Reading, keep: Tensor) -> tuple[Latents, Tensor]:
         """Latents and reconstruction of the kept tokens, the latter comparable with ``reading.original``."""
         ...
 
@@ -108,17 +110,17 @@ class _RoutedSubject:
         x = layers.gather(-2, index).squeeze(-2)
         return Reading(route, route.layer, x, route.input if self.mixed else standardize(x).x)
 
-    def autoencode(self, reading: Reading, keep: Tensor) -> tuple[Tensor, Tensor]:
+    def autoencode(self, reading: Reading, keep: Tensor) -> tuple[Latents, Tensor]:
         assert reading.route is not None
-        acts = self.sae.encode_routed(reading.route.input[keep])
-        out = self.sae.decode(acts)
+        code = encode_fast(self.sae, reading.route.input[keep], self.sae.encode_routed)
+        latents, out = Latents.of(code), decode_fast(self.sae, code)
         if self.mixed:
-            return acts, out
+            return latents, out
         out = out / reading.route.scale[keep][:, None]
         if not self.sae.cfg.standardize:  # the SAE lives in the model's space; compare standardised
             stats = standardize(reading.x[keep])
             out = (out - stats.mean) / stats.std
-        return acts, out
+        return latents, out
 
     def splice(self, reading: Reading, keep: Tensor, scale_by_p: bool) -> list[tuple[str, Hook]]:
         assert reading.route is not None
@@ -166,14 +168,14 @@ class CrosscoderSubject:
         last = torch.full(activation.shape[:-1], len(self.layers) - 1, device=activation.device)
         return Reading(None, last, activation, join_layers(standardize(layers).x), every_layer=True)
 
-    def autoencode(self, reading: Reading, keep: Tensor) -> tuple[Tensor, Tensor]:
+    def autoencode(self, reading: Reading, keep: Tensor) -> tuple[Latents, Tensor]:
         stack = kept_rows(reading.x, keep)
-        acts = self.sae.encode(stack)
-        out = self.sae.decode_layers(acts)
+        code = encode_stack(self.sae, stack)
+        out = split_layers(decode_fast(self.sae, code), len(self.layers))
         if not self.sae.cfg.standardize:  # the SAE lives in the model's space; compare standardised
             stats = standardize(split_layers(stack, len(self.layers)))
             out = (out - stats.mean) / stats.std
-        return acts, join_layers(out)
+        return Latents.of(code), join_layers(out)
 
     def splice(self, reading: Reading, keep: Tensor, scale_by_p: bool) -> list[tuple[str, Hook]]:
         return crosscoder_hooks(self.sae, self.model, reading.x, keep, splice_layers=self.spliced)
@@ -217,14 +219,15 @@ class _PlainSubject:
         layer = torch.zeros(activation.shape[:-1], dtype=torch.long, device=activation.device)
         return Reading(None, layer, activation, standardize(activation).x)
 
-    def autoencode(self, reading: Reading, keep: Tensor) -> tuple[Tensor, Tensor]:
-        acts = self.sae.encode(reading.x[keep])
+    def autoencode(self, reading: Reading, keep: Tensor) -> tuple[Latents, Tensor]:
+        code = encode_fast(self.sae, reading.x[keep], self.sae.encode)
         stats = standardize(reading.x[keep])
-        return acts, (self.sae.decode(acts) - stats.mean) / stats.std
+        return Latents.of(code), (decode_fast(self.sae, code) - stats.mean) / stats.std
 
     def splice(self, reading: Reading, keep: Tensor, scale_by_p: bool) -> list[tuple[str, Hook]]:
         def hook(x: Tensor, hook: Any = None) -> Tensor:
-            return x.index_put((keep,), self.sae.decode(self.sae.encode(x[keep])).to(x.dtype))
+            out = decode_fast(self.sae, encode_fast(self.sae, x[keep], self.sae.encode))
+            return x.index_put((keep,), out.to(x.dtype))
 
         return [(self.point, hook)]
 

@@ -37,6 +37,16 @@ def train(
         str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.", rich_help_panel=MODEL)
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the model's weights.", rich_help_panel=MODEL)] = "float32",
+    attn_implementation: Annotated[
+        str | None,
+        typer.Option(
+            help="Attention kernel of backend huggingface: sdpa, eager, ...; transformers chooses by default.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    autocast_lm: Annotated[
+        bool, typer.Option(help="Run the model in bfloat16 where that is safe.", rich_help_panel=MODEL)
+    ] = False,
     architecture: Annotated[
         str,
         typer.Option(
@@ -109,6 +119,20 @@ def train(
             help="Tokens shuffled together; four training batches by default.", rich_help_panel=DATA
         ),
     ] = None,
+    buffer_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="bfloat16 stores activations in half the memory; as the model gives them by default.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    buffer_device: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the buffer is, for instance cpu beside an SAE on a GPU; with the SAE by default.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     prefetch: Annotated[
         int, typer.Option(help="Batches prepared ahead in a background thread.", rich_help_panel=DATA)
     ] = 0,
@@ -163,7 +187,10 @@ def train(
     ] = None,
     eval_every: Annotated[
         int | None,
-        typer.Option(help="Steps between evaluations; a fifth of the run by default.", rich_help_panel=RUN),
+        typer.Option(
+            help="Steps between evaluations; a fifth of the run by default, 0: at the end alone.",
+            rich_help_panel=RUN,
+        ),
     ] = None,
     eval_sequences: Annotated[
         int,
@@ -180,6 +207,9 @@ def train(
     run_name: Annotated[
         str | None, typer.Option(help="Name of the run on Weights & Biases.", rich_help_panel=RUN)
     ] = None,
+    check_memory: Annotated[
+        bool, typer.Option(help="Refuse a run that will not fit into memory.", rich_help_panel=RUN)
+    ] = True,
     debug: Annotated[bool, typer.Option(help="Show the traceback of errors.", rich_help_panel=RUN)] = False,
 ) -> None:
     """Train a RouteSAE. Ctrl-C or SIGTERM leaves a checkpoint, from which --resume goes on."""
@@ -221,8 +251,10 @@ def train(
             k,
             options,
         )
-        check_numbers(tokens, batch_size, context_size, buffer_tokens, lr, schedule, None)
-        loaded = load_model(model, backend=backend, device=device, dtype=dtype)
+        check_numbers(tokens, batch_size, context_size, buffer_tokens, lr, schedule, None, buffer_dtype)
+        loaded = load_model(
+            model, backend=backend, device=device, dtype=dtype, attn_implementation=attn_implementation
+        )
         config = _config(
             architecture,
             lambda cls, **given: cls.for_model(loaded, layers=blocks, **given),
@@ -252,6 +284,10 @@ def train(
                 batch_size=batch_size,
                 lm_batch_size=lm_batch_size,
                 buffer_tokens=buffer_tokens,
+                buffer_dtype=buffer_dtype,
+                buffer_device=buffer_device,
+                autocast_lm=autocast_lm,
+                check_memory=check_memory,
                 lr=lr,
                 schedule=schedule,
                 unit_norm_every=unit_norm_every,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,6 @@ from routesae_lens.analysis.routing import training_shares
 from routesae_lens.report.interpretations import Interpretations
 from routesae_lens.report.neighbours import nearest_features
 from routesae_lens.report.steering_examples import SteeringExamples
-from routesae_lens.training.log import TrainingLog
 from routesae_lens.training.record import RUN_FILE, read_object, read_record
 from routesae_lens.training.sweep import TRAINING, SweepResult
 from routesae_lens.training.sweep_identity import SWEEP_FILE
@@ -93,14 +94,19 @@ def gather(
     record = read_record(trained)
     if not record:
         raise ValueError(f"the training of {folder} has not begun: there is no {trained / RUN_FILE}")
-    configs: dict[str, Any] = record.get("config", {}).get("saes", {})
-    if not configs:
-        raise ValueError(f"{trained / RUN_FILE} is damaged: it names no SAEs")
+    with _reading(trained / RUN_FILE):
+        configs: dict[str, Any] = record.get("config", {}).get("saes", {})
+        if not configs:
+            raise ValueError("it names no SAEs")
+        settings = {name: _settings(record, name) for name in configs}
+        for config in configs.values():
+            _layers(config)
     if sae is not None and sae not in configs:
         raise ValueError(f"{folder} has no SAE {sae!r}; it has: {', '.join(configs)}")
     given = FeatureSet.load(features) if isinstance(features, str | Path) else features
-    lines = TrainingLog(trained / "log.jsonl").read()
-    evaluations = evaluations or {name: _last_evaluation(lines, name) for name in configs}
+    with _reading(trained / "log.jsonl"):
+        lines = _logged(trained / "log.jsonl")
+        evaluations = evaluations or {name: _last_evaluation(lines, name) for name in configs}
     evaluations = {name: values for name, values in evaluations.items() if values}
     sae = sae or _default_sae(folder, list(configs), evaluations, given)
     path = _feature_file(folder, sae)
@@ -114,15 +120,18 @@ def gather(
         near = nearest_features(weights, found, neighbours)
     judged = _interpretations(folder / INTERPRETATIONS / f"{sae}.json", sae, config["d_sae"])
     routing = _record_of(folder, ROUTING, sae) or evaluations.get(sae, {})
-    curves, shares = _curves(lines, sae), None
-    if any(f"{sae}/metrics/layer_share/{layer}" in line for line in lines for layer in _layers(config)[:1]):
-        shares = training_shares(lines, sae)
+    with _reading(trained / "log.jsonl"):
+        curves, shares = _curves(lines, sae), None
+        if any(
+            f"{sae}/metrics/layer_share/{layer}" in line for line in lines for layer in _layers(config)[:1]
+        ):
+            shares = training_shares(lines, sae)
     return ReportContents(
         run=folder.resolve().name,
         sae=sae,
         saes=list(configs),
         config=config,
-        training=_settings(record, sae),
+        training=settings[sae],
         evaluation=evaluations.get(sae, {}),
         others=[_point(name, values, configs.get(name, {})) for name, values in evaluations.items()],
         curves=curves,
@@ -136,6 +145,22 @@ def gather(
 
 
 ROUTING_VALUES = ("layer_share", "layer_share_stderr", "layer_weight")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What goes wrong inside comes from the contents of this file, and the message names it."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _logged(path: Path) -> list[dict[str, Any]]:
+    """Lines of a training log, empty where there is none; a last line that is not finished is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def _open_run(folder: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
@@ -239,6 +264,9 @@ def _curves(lines: list[dict[str, Any]], sae: str) -> pd.DataFrame:
 
 def _settings(record: Mapping[str, Any], sae: str) -> dict[str, Any]:
     config, options = record["config"], record.get("options", {})
+    for value in (config["saes"][sae]["d_sae"], config.get("training_tokens")):
+        if value is not None and type(value) is not int:
+            raise ValueError(f"expected a whole number, got {value!r}")
     return {
         "model": str(config.get("model_name", "")).rstrip("/").rpartition("/")[2],
         "tokens": config.get("training_tokens"),
@@ -249,7 +277,7 @@ def _settings(record: Mapping[str, Any], sae: str) -> dict[str, Any]:
         "seed": record.get("seeds", {}).get(sae),
         "status": record.get("status"),
         "diverged": record.get("diverged", {}).get(sae),
-        "versions": record.get("versions", {}),
+        "versions": dict(record.get("versions", {})),
     }
 
 

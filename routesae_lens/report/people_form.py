@@ -92,7 +92,7 @@ def read_form(path: str | Path, annotator: str) -> Interpretations:
             about.add((_plain(row["sae"]), int(row["seed"]), int(row["available"])))
             name = category.lower().replace(" ", "-")
             name = next((one for one in CATEGORIES if name and one.startswith(name)), category)
-            number = int(score) if score.isdigit() else score
+            number = int(score) if score.isdecimal() else score
             said[latent] = Interpretation(name, number, (row["explanation"] or "").strip())  # type: ignore[arg-type]
         except (ValueError, TypeError) as error:
             wrong.append(f"line {rows.line_num}: {error}")

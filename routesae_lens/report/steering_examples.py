@@ -32,8 +32,11 @@ class SteeringExamples:
         pairs: list[dict[str, Any]] = []
         doses: list[dict[str, Any]] = []
         for path in [*(folder / name for name in NAMES), folder / "steering" / f"{sae}.json"]:
-            for label, one in _walk(read_object(path), sae, "") if path.exists() else ():
-                (pairs if "steered" in one else doses).append(_pair(label, one) or _dose(one))
+            try:
+                for label, one in _walk(read_object(path), sae, "") if path.exists() else ():
+                    (pairs if "steered" in one else doses).append(_pair(label, one) or _dose(one))
+            except (KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
         return cls(pairs, doses)
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from sae_lens import (
     BatchTopKTrainingSAE,
     BatchTopKTrainingSAEConfig,
@@ -74,9 +73,6 @@ class RouteTopKTrainingSAEConfig(ReLUField, RouteTrainingFields, TopKTrainingSAE
 
 class RouteTopKTrainingSAE(ReLUOption, RouteTrainingSAE, FastTopK, TopKTrainingSAE):
     """RouteSAE with a TopK SAE in training, with the step that touches only k latents where it applies."""
-
-    def autoencode_routed(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        return self.fast_autoencode(x) if self._computable() else super().autoencode_routed(x)
 
 
 # --- JumpReLU: also what BatchTopK and Matryoshka become ----------------------------------------------

@@ -1,192 +1,144 @@
-"""The TopK autoencoder that touches only k latents per token.
+"""The functions of ``topk_function.py`` for SAEs: SAELens' training step, and encoding and decoding.
 
-Encoding needs one dense product; decoding, both weight gradients and the gradient to the latents need k of
-``d_sae`` columns. :func:`topk_autoencode` computes exactly that; :func:`topk_autoencode_dense` is the same in
-plain torch, for tests and for what the fast one does not take. :class:`FastTopK` brings it into a SAELens
-training SAE.
+:class:`FastTopK` brings the step that touches only k latents per token into a SAELens training SAE.
+:func:`encode_topk` and :func:`decode_topk` are what a TopK SAE computes without gradients;
+:func:`encode_fast` and :func:`decode_fast` take them where they apply, for any SAE.
 """
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from sae_lens import TrainingSAE
+from sae_lens import SAE, TopKSAE, TopKTrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
-with warnings.catch_warnings():  # torch says once per process that sparse CSR tensors are in beta
-    warnings.simplefilter("ignore")
-    torch.sparse_csr_tensor(
-        torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1)
+from routesae_lens.saes.stack import StackTrainingSAE
+from routesae_lens.saes.topk_function import (
+    TopKCode,
+    TopKOutput,
+    topk_autoencode,
+    topk_decode,
+    topk_encode,
+)
+
+DEVICES = ("cpu", "cuda")
+
+
+def is_fast(sae: Any) -> bool:
+    """Whether the sparse form is right for ``sae`` here and now.
+
+    It is not for SAEs without TopK, with hooks (which see dense latents), with bfloat16 weights, with SAELens'
+    run-time normalisations, under ``torch.compile``, and on devices other than CPU and CUDA.
+    """
+    return (
+        isinstance(sae, TopKSAE | TopKTrainingSAE)
+        and not torch.compiler.is_compiling()
+        and sae.W_enc.device.type in DEVICES
+        and sae.W_enc.dtype in (torch.float32, torch.float64)
+        and sae.cfg.normalize_activations in ("none", "expected_average_only_in")
+        and sae.cfg.reshape_activations == "none"
+        and not _hooked(sae)
     )
 
 
-class TopKCode(NamedTuple):
-    """A reconstruction and the latents it is made of."""
-
-    out: Float[Tensor, "batch d_in"]
-    values: Float[Tensor, "batch k"]
-    """In units of the decoder row, without gradient."""
-    indices: Int[Tensor, "batch k"]
-    """Ascending in every row."""
+def _hooked(sae: SAE[Any]) -> bool:
+    points = (sae.hook_sae_input, sae.hook_sae_acts_pre, sae.hook_sae_acts_post, sae.hook_sae_recons)
+    return any(point._forward_hooks or point._forward_pre_hooks or point._backward_hooks for point in points)
 
 
-def topk_autoencode(
-    x: Float[Tensor, "batch d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
-    b_enc: Float[Tensor, " d_sae"],
-    W_dec: Float[Tensor, "d_sae d_in"],
-    b_dec: Float[Tensor, " d_in"],
-    k: int,
-    *,
-    relu: bool = True,
-    weight_by_norm: bool = False,
-    subtract_b_dec: bool = False,
-) -> TopKCode:
-    """Reconstruction from the k largest pre-activations ``x @ W_enc + b_enc``.
+def encode_topk(sae: SAE[Any], x: Float[Tensor, "batch d_in"]) -> TopKCode:
+    """The latents that a TopK SAE keeps, without gradients; ask :func:`is_fast` first.
 
     Args:
-        x: what is encoded.
-        W_enc, b_enc, W_dec, b_dec: as in SAELens.
-        k: latents kept per token.
-        relu: drop negative ones among them.
-        weight_by_norm: choose by pre-activation times decoder norm (SAELens' ``rescale_acts_by_decoder_norm``).
-            The reconstruction of the chosen ones is the same.
-        subtract_b_dec: encode ``x - b_dec`` (SAELens' ``apply_b_dec_to_input``).
+        sae: a TopK SAE, of this package or SAELens' own.
+        x: what its encoder reads: ``Route.input`` of a RouteSAE, the standardised stack of a Crosscoder.
+
+    Returns:
+        Values in units of ``sae.encode`` and indices; zeros among them are latents that ReLU cut off.
     """
-    centered = x - b_dec if subtract_b_dec else x
-    norm = W_dec.detach().norm(dim=-1) if weight_by_norm else None
-    return TopKCode(*_TopKAutoencode.apply(centered, W_enc, b_enc, W_dec, b_dec, norm, k, relu))
+    norm = _norm(sae)
+    x = x.to(sae.dtype)
+    code = topk_encode(
+        x - sae.b_dec if sae.cfg.apply_b_dec_to_input else x,
+        sae.W_enc,
+        sae.b_enc,
+        int(sae.cfg.k),
+        relu=getattr(sae.cfg, "relu", True),
+        norm=norm,
+    )
+    return code if norm is None else code._replace(values=code.values * norm[code.indices])
 
 
-def topk_autoencode_dense(
-    x: Float[Tensor, "batch d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
-    b_enc: Float[Tensor, " d_sae"],
-    W_dec: Float[Tensor, "d_sae d_in"],
-    b_dec: Float[Tensor, " d_in"],
-    k: int,
-    *,
-    relu: bool = True,
-    weight_by_norm: bool = False,
-    subtract_b_dec: bool = False,
-) -> TopKCode:
-    """:func:`topk_autoencode` in plain dense torch."""
-    pre = (x - b_dec if subtract_b_dec else x) @ W_enc + b_enc
-    indices = _choose(pre, W_dec.norm(dim=-1) if weight_by_norm else None, k)
-    values = pre.gather(-1, indices)
-    values = values.relu() if relu else values
-    acts = torch.zeros_like(pre).scatter(-1, indices, values)
-    return TopKCode(acts @ W_dec + b_dec, values.detach(), indices)
+def decode_topk(sae: SAE[Any], code: TopKCode) -> Float[Tensor, "batch d_in"]:
+    """What ``sae.decode`` makes of the latents of :func:`encode_topk`."""
+    norm = _norm(sae)
+    if norm is not None:
+        code = code._replace(values=code.values / norm[code.indices])
+    return topk_decode(code, sae.W_dec, sae.b_dec)
 
 
-def _choose(pre: Tensor, norm: Tensor | None, k: int) -> Tensor:
-    top: Tensor = torch.topk(pre if norm is None else pre * norm, k, dim=-1, sorted=False).indices
-    return top.sort(dim=-1).values
+def _norm(sae: SAE[Any]) -> Tensor | None:
+    return sae.W_dec.detach().norm(dim=-1) if sae.cfg.rescale_acts_by_decoder_norm else None
 
 
-class _TopKAutoencode(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        W_dec: Tensor,
-        b_dec: Tensor,
-        norm: Tensor | None,
-        k: int,
-        relu: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        pre = torch.addmm(b_enc, x, W_enc)
-        indices = _choose(pre, norm, k)
-        values = pre.gather(-1, indices)
-        if relu:
-            values = values.relu()
-        ctx.save_for_backward(x, W_enc, W_dec, values, indices)
-        ctx.relu = relu
-        ctx.mark_non_differentiable(values, indices)
-        return embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum") + b_dec, values, indices
+def encode_fast(
+    sae: Any, x: Float[Tensor, "*batch d_in"], encode: Callable[[Tensor], Tensor]
+) -> TopKCode | Float[Tensor, "*batch d_sae"]:
+    """The latents of ``x`` by :func:`encode_topk` where that is right and no gradients are wanted, or ``encode(x)``.
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, W_enc, W_dec, values, indices = ctx.saved_tensors
-        d_sae = len(W_dec)
-        grad_out = grads[0].contiguous()
-        # the gradient to the k latents: rows of grad_out times rows of W_dec, at the chosen places only
-        places = torch.sparse_csr_tensor(
-            _row_starts(indices),
-            indices.flatten(),
-            values.flatten(),
-            (len(x), d_sae),
-            check_invariants=False,
-        )
-        product = torch.sparse.sampled_addmm(places, grad_out, W_dec.T, beta=0.0)
-        grad_values = product.values().reshape(indices.shape)
-        if ctx.relu:
-            grad_values = grad_values * (values > 0)
-        by_latent = _Transposed(indices, d_sae)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            rows = W_enc.T.contiguous()
-            grad_x = embedding_bag(indices, rows, per_sample_weights=grad_values, mode="sum")
-        grad_b_enc = grad_values.new_zeros(d_sae).index_add_(0, indices.flatten(), grad_values.flatten())
-        return (
-            grad_x,
-            by_latent.product(grad_values, x).T,
-            grad_b_enc,
-            by_latent.product(values, grad_out),
-            grad_out.sum(0),
-            None,
-            None,
-            None,
-        )
+    The sparse form has one batch dimension.
+    """
+    if torch.is_grad_enabled() or not is_fast(sae):
+        return encode(x)
+    return encode_topk(sae, x.flatten(0, -2))
 
 
-def _row_starts(indices: Tensor) -> Tensor:
-    n, k = indices.shape
-    return torch.arange(0, n * k + 1, k, device=indices.device)
+def decode_fast(sae: Any, code: TopKCode | Tensor) -> Tensor:
+    """What ``sae.decode`` makes of what :func:`encode_fast` gave."""
+    return decode_topk(sae, code) if isinstance(code, TopKCode) else sae.decode(code)
 
 
-class _Transposed:
-    """The chosen places seen from the latents: for each latent its tokens."""
+class Latents(NamedTuple):
+    """The latents of a batch that are not zero, token after token."""
 
-    def __init__(self, indices: Int[Tensor, "batch k"], d_sae: int):
-        flat = indices.flatten()
-        self.order = torch.argsort(flat, stable=True)
-        self.tokens = self.order // indices.shape[1]
-        counts = torch.bincount(flat, minlength=d_sae)
-        self.starts = counts.cumsum(0) - counts
+    token: Int[Tensor, " active"]
+    latent: Int[Tensor, " active"]
+    """Ascending within a token."""
+    value: Float[Tensor, " active"]
 
-    def product(self, weights: Float[Tensor, "batch k"], x: Float[Tensor, "batch d"]) -> Tensor:
-        """``A.T @ x``, A the (batch, d_sae) matrix that holds ``weights`` at the chosen places."""
-        return embedding_bag(
-            self.tokens, x, self.starts, per_sample_weights=weights.flatten()[self.order], mode="sum"
-        )
+    @classmethod
+    def of(cls, code: TopKCode | Float[Tensor, "token d_sae"]) -> Latents:
+        """Those of a dense tensor, or of what :func:`encode_fast` gave."""
+        dense = code.values if isinstance(code, TopKCode) else code
+        token, place = dense.nonzero(as_tuple=True)
+        latent = code.indices[token, place] if isinstance(code, TopKCode) else place
+        return cls(token, latent, dense[token, place])
 
 
-class FastTopK(TrainingSAE[Any]):
+class FastTopK(StackTrainingSAE):
     """Mixin in front of SAELens' ``TopKTrainingSAE``: its training step through :func:`topk_autoencode`.
 
-    It steps aside where only SAELens' own computation is right: with dead latents to be revived by the
-    auxiliary loss, with hooks on the SAE, under autocast or ``torch.compile``, and for now on other
-    devices than the CPU.
+    It steps aside where :func:`is_fast` says so. Under autocast it works, with only the dense products in the
+    narrow dtype.
     """
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        if not self._fast(step_input):
+        if not is_fast(self):
             return super().training_forward_pass(step_input)
-        x = step_input.sae_in
-        code = self._autoencode(x.flatten(0, -2))
-        sae_out = code.out.reshape(x.shape)
-        none_dead = (
-            {"auxiliary_reconstruction_loss": x.new_zeros(())} if self.cfg.aux_loss_coefficient else {}
-        )
-        mse_loss = self.mse_loss_fn(sae_out, x).sum(dim=-1).mean()
+        x = step_input.sae_in.flatten(0, -2)
+        dead = None
+        if self.cfg.aux_loss_coefficient and step_input.dead_neuron_mask is not None:
+            dead = step_input.dead_neuron_mask.nonzero().flatten()
+            dead = dead if len(dead) else None
+        code = self._autoencode(x, dead)
+        mse_loss = self.mse_loss_fn(code.out, x).sum(dim=-1).mean()
+        losses = {"mse_loss": mse_loss}
+        if self.cfg.aux_loss_coefficient:
+            losses["auxiliary_reconstruction_loss"] = self._revival_loss(x, code, dead)
         values = code.values
         if self.cfg.rescale_acts_by_decoder_norm:  # SAELens measures latents in units of the decoder norm
             values = values * self.W_dec.detach().norm(dim=-1)[code.indices]
@@ -199,15 +151,15 @@ class FastTopK(TrainingSAE[Any]):
             check_invariants=False,
         )
         return TrainStepOutput(
-            sae_in=x,
-            sae_out=sae_out,
+            sae_in=step_input.sae_in,
+            sae_out=code.out.reshape(step_input.sae_in.shape),
             feature_acts=acts,
             hidden_pre=values,  # the chosen ones; nothing but the auxiliary loss reads the others
-            loss=mse_loss,
-            losses={"mse_loss": mse_loss} | none_dead,
+            loss=torch.stack(list(losses.values())).sum(),
+            losses=losses,
         )
 
-    def _autoencode(self, x: Float[Tensor, "batch d_in"]) -> TopKCode:
+    def _autoencode(self, x: Float[Tensor, "batch d_in"], dead: Tensor | None) -> TopKOutput:
         return topk_autoencode(
             x,
             self.W_enc,
@@ -218,30 +170,26 @@ class FastTopK(TrainingSAE[Any]):
             relu=getattr(self.cfg, "relu", True),
             weight_by_norm=self.cfg.rescale_acts_by_decoder_norm,
             subtract_b_dec=self.cfg.apply_b_dec_to_input,
+            dead=dead,
+            k_dead=0 if dead is None else min(self._most_revived, len(dead)),
         )
 
-    @torch.no_grad()
-    def fast_autoencode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """Encode and decode without gradient and without firing hooks."""
-        return self._autoencode(x.flatten(0, -2)).out.reshape(x.shape)
+    @property
+    def _most_revived(self) -> int:
+        """Dead latents of a token that the auxiliary loss revives: SAELens' half of the input's size."""
+        return int(self.W_dec.shape[1]) // 2
 
-    def _fast(self, step_input: TrainStepInput) -> bool:
-        dead = step_input.dead_neuron_mask
-        hooks = (self.hook_sae_input, self.hook_sae_acts_pre, self.hook_sae_acts_post, self.hook_sae_recons)
-        return (
-            (self.cfg.aux_loss_coefficient == 0 or dead is None or not bool(dead.any()))
-            and self._computable()
-            and not any(
-                hook._forward_hooks or hook._forward_pre_hooks or hook._backward_hooks for hook in hooks
-            )
-        )
+    def _revival_loss(
+        self, x: Float[Tensor, "batch d_in"], code: TopKOutput, dead: Tensor | None
+    ) -> Float[Tensor, ""]:
+        """SAELens' auxiliary loss: dead latents reconstruct what the others leave, here on the scale of the loss.
 
-    def _computable(self) -> bool:
-        return (
-            self.W_enc.device.type == "cpu"
-            and self.dtype in (torch.float32, torch.float64)
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-            and self.cfg.normalize_activations in ("none", "expected_average_only_in")
-            and self.cfg.reshape_activations == "none"
-        )
+        Equal to ``TopKTrainingSAE.calculate_topk_aux_loss`` as ``StackTrainingSAE.calculate_aux_loss`` calls it.
+        """
+        if dead is None or code.dead_out is None:
+            return x.new_zeros(())
+        norm = self._input_norm(x)
+        residual = ((x - code.out) / norm).detach()
+        scale = min(len(dead) / self._most_revived, 1.0)
+        error = (code.dead_out / norm - residual).pow(2).sum(dim=-1).mean()
+        return self.cfg.aux_loss_coefficient * scale * error

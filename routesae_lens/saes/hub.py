@@ -271,7 +271,7 @@ def _section(sae_id: str, sae: SAE[Any], metrics: Mapping[str, Any] | None) -> s
         parts.append(
             _table(
                 ("Block", "Share of tokens"),
-                [(str(block), f"{share:.1%}") for block, share in shares.items()],
+                [(_text(block), f"{share:.1%}") for block, share in shares.items()],
             )
         )
     return "\n\n".join(parts)

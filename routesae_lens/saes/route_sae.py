@@ -29,6 +29,7 @@ from sae_lens.saes.sae import (
 from torch import Tensor, nn
 
 from routesae_lens.saes.distillation import distill, route_metrics, router_losses
+from routesae_lens.saes.fast_topk import decode_fast, encode_fast
 from routesae_lens.saes.router import (
     AGGREGATORS,
     RANDOM_PER,
@@ -163,7 +164,7 @@ class Routed(StackSAE):
 
     def autoencode_routed(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """Encode and decode in the routed space."""
-        return self.decode(self.encode_routed(x))
+        return decode_fast(self, encode_fast(self, x, self.encode_routed)).reshape(x.shape)
 
     def _probs(self, x: Float[Tensor, "*batch layer d_model"]) -> Float[Tensor, "*batch layer"]:
         aggregator = AGGREGATORS[self.cfg.aggregator]

@@ -49,11 +49,26 @@ def standardize(x: Float[Tensor, "*batch d_model"]) -> Standardized:
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     mean = wide.mean(-1, keepdim=True)
+    if not (wide.requires_grad or torch.compiler.is_compiling()):
+        return _standardize_in_parts(x, wide, mean)
     centered = wide - mean
     # (the norm rather than torch.std: its gradient at a constant activation is 0, not NaN)
     norm = torch.linalg.vector_norm(centered, dim=-1, keepdim=True)
     std = norm / (x.shape[-1] - 1) ** 0.5 + EPS
     return Standardized((centered / std).to(x.dtype), mean.to(x.dtype), std.to(x.dtype))
+
+
+def _standardize_in_parts(x: Tensor, wide: Tensor, mean: Tensor) -> Standardized:
+    """The same without gradients, a few rows at a time: twice as fast, and without a second tensor of that size."""
+    result = torch.empty(wide.shape, dtype=wide.dtype, device=wide.device)
+    std = torch.empty(mean.shape, dtype=mean.dtype, device=mean.device)
+    n = max(1, 2**20 // max(1, x.shape[-1]))
+    flat = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (wide, mean, result, std))
+    for rows, means, centered, stds in zip(*(tensor.split(n) for tensor in flat), strict=True):
+        torch.sub(rows, means, out=centered)
+        stds.copy_(torch.linalg.vector_norm(centered, dim=-1, keepdim=True) / (x.shape[-1] - 1) ** 0.5 + EPS)
+        centered.div_(stds)
+    return Standardized(result.to(x.dtype), mean.to(x.dtype), std.to(x.dtype))
 
 
 Pool = Callable[[Float[Tensor, "*batch layer d_model"], dict[str, Tensor]], Float[Tensor, "*batch d_model"]]

@@ -18,10 +18,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from routesae_lens.hook_points import check_layers, layer_hook_name
+from routesae_lens.hook_points import check_layers, layer_hook_name, split_layers
 from routesae_lens.saes.crosscoder import Crosscoder
+from routesae_lens.saes.fast_topk import decode_fast, encode_fast
 from routesae_lens.saes.route_sae import Routed, RouteSAE
 from routesae_lens.saes.router import Route, standardize
+from routesae_lens.saes.topk_function import TopKCode
 
 Hook = Callable[..., Tensor]
 
@@ -51,7 +53,7 @@ def reconstruct(
     z = x.to(sae.dtype) if stats is None else stats.x
     scale = scale.to(sae.dtype)[..., None]
     z = z * scale
-    y = (sae.decode(sae.encode_routed(z)) if autoencode is None else autoencode(z)) / scale
+    y = (sae.autoencode_routed if autoencode is None else autoencode)(z) / scale
     if stats is not None:
         y = y * stats.std + stats.mean
     return y.to(x.dtype)
@@ -107,7 +109,7 @@ def crosscoder_hooks(
         ValueError: ``splice_layers`` names layers that the Crosscoder does not read.
     """
     chosen = chosen_layers(sae, splice_layers)
-    decoded = sae.decode_layers(sae.encode(kept_rows(stack, keep)))
+    decoded = split_layers(decode_fast(sae, encode_stack(sae, kept_rows(stack, keep))), len(sae.layers))
 
     def at(index: int) -> Hook:
         def hook(x: Tensor, hook: Any = None) -> Tensor:
@@ -116,6 +118,13 @@ def crosscoder_hooks(
         return hook
 
     return [(layer_hook_name(model, layer, sae.cfg.site), at(sae.layers.index(layer))) for layer in chosen]
+
+
+def encode_stack(
+    sae: Crosscoder, stack: Float[Tensor, "token stacked"]
+) -> TopKCode | Float[Tensor, "token d_sae"]:
+    """A Crosscoder's latents of a raw stack, sparse where that is right (see ``fast_topk.encode_fast``)."""
+    return encode_fast(sae, sae.standardized(stack), sae.encode_standardized)
 
 
 def kept_rows(

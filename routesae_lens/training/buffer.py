@@ -14,12 +14,15 @@ import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import reduce
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
+
+from routesae_lens.training.rows import NotFinite, Rows, RowStorage, capacity_for, forward_rows
 
 
 @runtime_checkable
@@ -34,17 +37,6 @@ class TokenStore(Protocol):
 
     def get_batch_tokens(self, *, raise_at_epoch_end: bool) -> Tensor: ...
     def get_multi_hook_activations(self, batch_tokens: Tensor) -> dict[str, Tensor]: ...
-
-
-class Rows(NamedTuple):
-    """Activations of some tokens, all hooks side by side, and where they come from."""
-
-    acts: Float[Tensor, "row width"]
-    origin: Int[Tensor, "row 2"]
-    """Number of the token batch within the epoch, and of the kept token within that batch."""
-
-    def select(self, index: Tensor) -> Rows:
-        return Rows(self.acts[index.to(self.acts.device)], self.origin[index])
 
 
 class TextPosition(NamedTuple):
@@ -69,7 +61,9 @@ class MixingBuffer(Iterator[dict[str, Tensor]]):
     """Endless batches of activations ``{hook name: (batch_size, d_in)}``, shuffled over ``buffer_size`` tokens.
 
     Drop-in for ``store.get_multi_hook_data_loader()``. Safe under SAELens' ``PrefetchingIterator``: batches
-    given out and not yet reported by :meth:`consumed` belong to the state.
+    given out and not yet reported by :meth:`consumed` belong to the state. Activations are stored once, in a
+    tensor that is allocated once (:class:`RowStorage`): where SAELens concatenates and permutes copies of the
+    whole buffer, here the numbers of the rows are permuted.
 
     Args:
         store: SAELens' activation store, at the start of its data.
@@ -78,6 +72,10 @@ class MixingBuffer(Iterator[dict[str, Tensor]]):
         batch_size: tokens per batch.
         mix_fraction: part of the buffer that stays for the next round; 0 turns shuffling off.
         seed: of the shuffling.
+        dtype: in which activations are stored and given out; by default that of the model's activations.
+        output_device: where batches are given out; by default where the buffer is.
+        read_ahead: read new text as soon as there is room for it, not only when the buffer must be filled up:
+            behind a prefetcher, the language model then runs all the time. The batches are the same.
 
     Raises:
         ValueError: a buffer smaller than a batch, or a fraction outside [0, 1].
@@ -92,6 +90,9 @@ class MixingBuffer(Iterator[dict[str, Tensor]]):
         batch_size: int,
         mix_fraction: float = 0.5,
         seed: int = 0,
+        dtype: torch.dtype | None = None,
+        output_device: torch.device | None = None,
+        read_ahead: bool = False,
     ):
         if buffer_size < batch_size:
             raise ValueError(
@@ -101,12 +102,13 @@ class MixingBuffer(Iterator[dict[str, Tensor]]):
             raise ValueError(f"mix_fraction must be between 0 and 1, got {mix_fraction}")
         self.store, self.hook_names = store, list(hook_names)
         self.buffer_size, self.batch_size, self.mix_fraction = buffer_size, batch_size, mix_fraction
+        self.dtype, self.output_device, self.read_ahead = dtype, output_device, read_ahead
         self.position = TextPosition()
-        self._widths: list[int] = []
         self._generator = torch.Generator().manual_seed(seed)
-        self._rows: Rows | None = None
-        self._order = torch.zeros(0, dtype=torch.long)  # rows not yet served, in serving order
-        self._left = 0  # batches to serve before new activations are read
+        self._storage: RowStorage | None = None
+        self._order = torch.zeros(0, dtype=torch.long)  # slots of rows not yet served, in serving order
+        self._fresh: list[Tensor] = []  # slots of rows that are not yet mixed, one tensor per forward
+        self._left = 0  # batches to serve before what is left is mixed with new activations
         self._pending: deque[Rows] = deque()
         self._lock = threading.Lock()
 
@@ -118,35 +120,47 @@ class MixingBuffer(Iterator[dict[str, Tensor]]):
         with self._lock:
             if self._left == 0:
                 self._refill()
-            assert self._rows is not None
-            rows = self._rows.select(self._order[: self.batch_size])
+            elif self.read_ahead:
+                self._read_ahead()
+            assert self._storage is not None
+            rows = self._storage.take(self._order[: self.batch_size], self.output_device)
             self._order = self._order[self.batch_size :]
             self._left -= 1
             self._pending.append(rows)
-        return dict(zip(self.hook_names, rows.acts.split(self._widths, dim=1), strict=True))
+            widths = self._storage.widths
+        return dict(zip(widths, rows.acts.split(list(widths.values()), dim=1), strict=True))
 
     def consumed(self) -> None:
         """Report that the oldest batch given out was trained on: it leaves the state."""
         self._pending.popleft()
 
+    def _lacks(self, kept: int) -> bool:
+        """Whether another forward must be read before ``kept`` rows are mixed with the new ones."""
+        return not self._fresh or kept + sum(map(len, self._fresh)) < self.buffer_size
+
     def _refill(self) -> None:
-        parts = [] if self._rows is None else [self._rows.select(self._order)]
-        count = len(self._order)
-        self._rows = None  # frees what was served
-        while True:
-            parts.append(self._read())
-            count += len(parts[-1].origin)
-            if count >= self.buffer_size:
-                break
-        self._rows = Rows(torch.cat([p.acts for p in parts]), torch.cat([p.origin for p in parts]))
-        self._order = (
-            torch.randperm(count, generator=self._generator) if self.mix_fraction else torch.arange(count)
-        )
+        while self._lacks(len(self._order)):
+            self._read()
+        order = torch.cat([self._order, *self._fresh])
+        count, self._fresh = len(order), []
+        self._order = order[torch.randperm(count, generator=self._generator)] if self.mix_fraction else order
         keep = int(self.buffer_size * self.mix_fraction)
         self._left = max(1, (count - keep) // self.batch_size)
 
-    def _read(self) -> Rows:
-        """Activations of the next token batch, from the next epoch where the data is at its end."""
+    def _read_ahead(self) -> None:
+        kept = len(self._order) - self._left * self.batch_size
+        while (
+            self._lacks(kept) and self._storage is not None and len(self._storage.free) >= self._forward_rows
+        ):
+            self._read()
+
+    @property
+    def _forward_rows(self) -> int:
+        store = self.store
+        return forward_rows(store.store_batch_size_prompts, store.context_size, store.seqpos_slice)
+
+    def _read(self) -> None:
+        """Store the activations of the next token batch, from the next epoch where the data is at its end."""
         try:
             tokens = self.store.get_batch_tokens(raise_at_epoch_end=True)
         except StopIteration:
@@ -158,58 +172,84 @@ class MixingBuffer(Iterator[dict[str, Tensor]]):
             self.position = TextPosition(self.position.epoch + 1)
             warnings.warn(f"end of the data; epoch {self.position.epoch + 1} begins", stacklevel=2)
             return self._read()
-        acts = self._activations(tokens, self.position.batch)
-        origin = torch.stack([torch.full((len(acts),), self.position.batch), torch.arange(len(acts))], dim=1)
+        kept = self._kept(tokens)
         epoch, batch, checksum = self.position
+        storage = self._write(tokens, batch, kept)
+        slots, storage.free = storage.free[: len(kept)], storage.free[len(kept) :]
+        storage.origin[slots] = torch.stack([torch.full((len(kept),), batch), torch.arange(len(kept))], dim=1)
+        self._fresh.append(slots)
         self.position = TextPosition(epoch, batch + 1, _checksum(tokens, checksum))
-        return Rows(acts, origin)
 
-    def _activations(self, tokens: Int[Tensor, "sequence pos"], batch: int) -> Float[Tensor, "row width"]:
-        """Activations of the kept tokens of one forward, all hooks side by side.
+    def _kept(self, tokens: Int[Tensor, "sequence pos"]) -> Int[Tensor, "row 2"]:
+        """Sequence and position (among those that are read) of the tokens that are trained on."""
+        ids, excluded = tokens[:, slice(*self.store.seqpos_slice)], self.store.exclude_special_tokens
+        keep = torch.ones_like(ids, dtype=torch.bool)
+        if excluded is not None:
+            keep = ~torch.isin(ids, excluded.to(ids.device))
+        return keep.nonzero()
+
+    def _write(
+        self,
+        tokens: Int[Tensor, "sequence pos"],
+        batch: int,
+        kept: Int[Tensor, "row 2"],
+        slots: Tensor | None = None,
+        n_slots: int = 0,
+    ) -> RowStorage:
+        """Store the activations of the ``kept`` tokens of one forward, in the first free slots or in ``slots`` of
+        ``n_slots`` or more.
 
         Raises:
             ActivationsNotFinite: naming the hook and the token batch.
         """
-        store = self.store
-        by_hook = store.get_multi_hook_activations(tokens)
-        ids = tokens[:, slice(*store.seqpos_slice)].reshape(-1).to(store.device)
-        excluded = store.exclude_special_tokens
-        keep = slice(None) if excluded is None else ~torch.isin(ids, excluded)
-        parts = []
-        for hook in self.hook_names:
-            acts = by_hook[hook].to(store.device).flatten(0, 1)[keep]
-            if not torch.isfinite(acts).all():
-                bad = int((~torch.isfinite(acts)).any(dim=1).sum())
-                raise ActivationsNotFinite(
-                    f"activations at {hook} are NaN or infinite for {bad} of {len(acts)} tokens, in token batch "
-                    f"{batch} of epoch {self.position.epoch + 1}",
-                    hook,
-                )
-            parts.append(acts)
-        self._widths = [part.shape[1] for part in parts]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        by_hook = self.store.get_multi_hook_activations(tokens)
+        read = {hook: by_hook[hook] for hook in self.hook_names}
+        if self._storage is None:
+            widths = {hook: acts.shape[-1] for hook, acts in read.items()}
+            dtypes = [acts.dtype for acts in read.values()]
+            self._storage = self._allocate(widths, self.dtype or reduce(torch.promote_types, dtypes), n_slots)
+        try:
+            self._storage.write(self._storage.free[: len(kept)] if slots is None else slots, read, kept)
+        except NotFinite as error:
+            raise ActivationsNotFinite(
+                f"activations at {error.hook} are NaN or infinite for {error.bad} of {len(kept)} tokens, in token "
+                f"batch {batch} of epoch {self.position.epoch + 1}",
+                error.hook,
+            ) from None
+        return self._storage
+
+    def _allocate(self, widths: dict[str, int], dtype: torch.dtype, at_least: int = 0) -> RowStorage:
+        capacity = capacity_for(self.buffer_size, self.batch_size, self._forward_rows, self.mix_fraction)
+        return RowStorage(max(capacity, at_least), widths, dtype, self.store.device)
 
     def state_dict(self, *, activations: bool = True) -> dict[str, Tensor]:
         """Everything that a run needs to go on from the batches consumed so far.
 
         Args:
-            activations: with the buffer's activations; without them :meth:`load_state_dict` computes
-                exactly these again from the text (16 bytes a token stay).
+            activations: with the buffer's activations, where it is on the CPU as a view of it: write them
+                before the next batch is drawn. Without them :meth:`load_state_dict` computes exactly these
+                again from the text (16 bytes a token stay).
         """
         with self._lock:
-            parts = [*self._pending]
-            if self._rows is not None:
-                parts.append(self._rows.select(self._order))
+            fresh = torch.cat(self._fresh) if self._fresh else self._order[:0]
             state = {
                 "position": torch.tensor(self.position, dtype=torch.long),
                 "generator": self._generator.get_state(),
                 "left": torch.tensor(len(self._pending) + self._left),
+                "fresh": torch.tensor([len(fresh), len(self._fresh)]),  # rows and forwards
             }
-            if parts:
-                state["origin"] = torch.cat([part.origin for part in parts])
-                state["widths"] = torch.tensor(self._widths)
-            if parts and activations:
-                state["acts"] = torch.cat([part.acts for part in parts]).cpu()
+            if self._storage is None:
+                return state
+            storage, pending = self._storage, [*self._pending]
+            order = storage.compact(torch.cat([self._order, fresh]))
+            self._order = order[: len(self._order)]
+            self._fresh = list(order[len(self._order) :].split([len(part) for part in self._fresh]))
+            state["widths"] = torch.tensor(list(storage.widths.values()))
+            state["origin"] = torch.cat([*(rows.origin for rows in pending), storage.origin[order]])
+            if activations:
+                state["acts"], state["order"] = storage.acts[: len(order)].cpu(), order
+                if pending:
+                    state["pending"] = torch.cat([rows.acts.cpu() for rows in pending])
         return state
 
     @torch.no_grad()
@@ -221,20 +261,38 @@ class MixingBuffer(Iterator[dict[str, Tensor]]):
         """
         position = TextPosition(*state["position"].tolist())
         self._generator.set_state(state["generator"])
-        self._left, self._pending = int(state["left"]), deque()
+        self._left, self._pending, self._storage = int(state["left"]), deque(), None
         wanted = state["origin"] if "origin" in state and "acts" not in state else None
-        acts = self._replay(position, wanted, progress)
+        self._replay(position, wanted, progress)
         self.position = position
-        if "origin" in state:
-            self._widths = state["widths"].tolist()
-            acts = state["acts"].to(self.store.device) if acts is None else acts
-            self._rows = Rows(acts, state["origin"])
-            self._order = torch.arange(len(acts))
+        if "origin" not in state:
+            return
+        n = len(state["origin"])
+        if "acts" in state:
+            self._restore(state, n)
+        assert self._storage is not None
+        self._storage.origin[:n] = state["origin"]
+        self._storage.free = torch.arange(n, len(self._storage))
+        n_fresh, forwards = state["fresh"].tolist() if "fresh" in state else (0, 0)
+        self._order, fresh = torch.arange(n).split([n - n_fresh, n_fresh])
+        self._fresh = [fresh] if forwards else []
 
-    def _replay(self, position: TextPosition, wanted: Tensor | None, progress: bool) -> Tensor | None:
-        """Bring the store to ``position``; on the way, compute the activations of the ``wanted`` origins."""
+    def _restore(self, state: dict[str, Tensor], n: int) -> None:
+        """Storage with the activations of ``state`` in serving order."""
+        acts = state["acts"]
+        widths = dict(zip(self.hook_names, state["widths"].tolist(), strict=True))
+        self._storage = self._allocate(widths, acts.dtype, n)
+        ahead = n - len(acts)
+        if ahead:
+            self._storage.acts[:ahead] = state["pending"].to(self._storage.acts.device)
+        slots = state.get("order", torch.arange(len(acts)))  # (checkpoints of older versions are in order)
+        for index, part in zip(slots.split(1024), self._storage.acts[ahead:n].split(1024), strict=True):
+            part.copy_(acts[index])
+
+    def _replay(self, position: TextPosition, wanted: Tensor | None, progress: bool) -> None:
+        """Bring the store to ``position``; on the way, compute the activations of the ``wanted`` origins, into
+        the first slots."""
         needed = set() if wanted is None else set(wanted[:, 0].tolist())
-        acts: Tensor | None = None
         checksum = 0
         n_read = max([position.batch, *(batch + 1 for batch in needed)])
         bar = tqdm(
@@ -246,17 +304,14 @@ class MixingBuffer(Iterator[dict[str, Tensor]]):
                 checksum = _checksum(tokens, checksum)
             if wanted is not None and batch in needed:
                 rows = (wanted[:, 0] == batch).nonzero().squeeze(1)
-                computed = self._activations(tokens, batch)
-                if acts is None:
-                    acts = computed.new_empty(len(wanted), computed.shape[1])
-                acts[rows.to(acts.device)] = computed[wanted[rows, 1].to(acts.device)]
+                kept = self._kept(tokens)
+                self._write(tokens, batch, kept[wanted[rows, 1].to(kept.device)], rows, len(wanted))
         if checksum != position.checksum:
             raise ValueError("the data is not the text that the checkpoint was trained on")
         if n_read > position.batch:  # the buffer held tokens from further on in the epoch before
             self._finish_epoch()
             for batch in range(position.batch):
                 self._replayed_tokens(batch, position)
-        return acts
 
     def _replayed_tokens(self, batch: int, position: TextPosition) -> Tensor:
         try:

@@ -1,6 +1,6 @@
 """How much memory training several SAEs at once takes, and whether it is there.
 
-While a sweep trains, it holds (all in bytes; SAEs in float32, ``item`` bytes per number of the model)::
+While a run or a sweep trains, it holds (all in bytes; SAEs in float32, ``item`` bytes per number of the model)::
 
     weights     4 x parameters of all SAEs
     moments     8 x parameters of all SAEs                (Adam's two)
@@ -9,18 +9,21 @@ While a sweep trains, it holds (all in bytes; SAEs in float32, ``item`` bytes pe
                 batch x d_sae and batch x d_in
     outputs     0: SAELens keeps 2 x batch x d_sae x 4 of every member until all have made their step,
                 this package drops them (``members.Member``)
-    buffer      2 x (buffer + one forward) tokens x the widths of all distinct hooks x item, twice because
-                the buffer is copied when it is filled up; and one batch
-    forward     of the language model
+    buffer      (buffer + one forward) tokens x the widths of all distinct hooks x item, stored once (``rows.py``);
+                ``host_buffer`` where it is kept in main memory beside a GPU
+    batches     the batch that is trained on, those prepared ahead, and those that SAELens holds while it
+                estimates an input scale
+    forward     of the language model, with the activations of all hooks
     model       the language model itself, already there
 
-and while it evaluates, after all that was freed: one group of SAEs, the model's logits a few times over, and
-the latents of one batch.
+and while a sweep evaluates, after all that was freed: one group of SAEs, the model's logits a few times over,
+and the latents of one batch. Where a run evaluates while it trains, both are held at once.
 """
 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -33,11 +36,13 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAEConfig
 
 from routesae_lens.backends import backend_of
-from routesae_lens.saes.fast_topk import FastTopK
+from routesae_lens.saes.fast_topk import DEVICES, FastTopK
+from routesae_lens.training.rows import BUFFER_DTYPES, capacity_for
 
-DENSE_STEP, FAST_STEP = 8, 2
+DENSE_STEP, FAST_STEP, REVIVAL = 8, 2, 3
 """Tensors of batch x d_sae that a step holds at once (measured): pre-activations, latents, what fired, and
-their gradients; the TopK step of ``saes/fast_topk.py`` has the first alone."""
+their gradients. The TopK step of ``saes/fast_topk.py`` has fewer; where all latents are dead, reviving them (the
+auxiliary loss) takes three more: pre-activations, which are chosen, and gradients."""
 STACK_TENSORS = 6
 """Tensors of batch x d_in likewise: the batch, standardised, reconstructed, errors, gradients."""
 EVALUATED = 4
@@ -55,17 +60,23 @@ class MemoryEstimate:
     gradient: int
     step: int
     buffer: int
+    batches: int
     forward: int
     evaluation: int
     model: int
+    host_buffer: int = 0
+    evaluates_in_training: bool = False
 
     @property
     def training(self) -> int:
-        return self.weights + self.moments + self.gradient + self.step + self.buffer + self.forward
+        kept = self.weights + self.moments + self.buffer + self.batches
+        # (neither a step nor a forward runs during an evaluation)
+        step = self.gradient + self.step + self.forward
+        return kept + (max(step, self.evaluation) if self.evaluates_in_training else step)
 
     @property
     def needed(self) -> int:
-        """What must be free: training or evaluation, whichever takes more; the model is already there."""
+        """What must be free where the SAEs are, beside the model, which is already there."""
         return max(self.training, self.evaluation)
 
     @property
@@ -73,8 +84,10 @@ class MemoryEstimate:
         return self.needed + self.model
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{one.name} {getattr(self, one.name) / 2**30:.2f}" for one in fields(self))
-        return f"{self.needed / 2**30:.2f} GiB beside the model ({parts} GiB)"
+        names = [one.name for one in fields(self) if one.name not in ("host_buffer", "evaluates_in_training")]
+        parts = ", ".join(f"{name} {getattr(self, name) / 2**30:.2f}" for name in names)
+        host = f", and {self.host_buffer / 2**30:.2f} GiB of main memory" if self.host_buffer else ""
+        return f"{self.needed / 2**30:.2f} GiB beside the model ({parts} GiB){host}"
 
 
 def estimate_memory(
@@ -85,20 +98,31 @@ def estimate_memory(
     context_size: int = 128,
     lm_batch_size: int | None = None,
     buffer_tokens: int | None = None,
+    buffer_dtype: str | None = None,
+    buffer_apart: bool = False,
+    mix_fraction: float = 0.5,
+    prefetch: bool | int = False,
     norm_estimate_batches: int = 0,
     group_size: int = 6,
     eval_batch_size: int = 4,
+    evaluates: bool = True,
+    evaluates_in_training: bool = False,
 ) -> MemoryEstimate:
-    """What a sweep over ``configs`` takes at its peak.
+    """What training ``configs`` at once takes at its peak, and evaluating them.
 
     Args:
         model: HookedTransformer, TransformerBridge or HookedProxyLM.
         configs: training configs by name.
-        batch_size, context_size, lm_batch_size, buffer_tokens: as for ``train``, with the same defaults.
+        batch_size, context_size, lm_batch_size, buffer_tokens, buffer_dtype, prefetch: as for ``train``, with
+            the same defaults.
+        buffer_apart: the buffer is kept in main memory, the SAEs are on a GPU.
+        mix_fraction: part of the buffer that stays for the next round.
         norm_estimate_batches: batches that SAELens holds while it estimates an input scale, where a config
             asks for one.
         group_size: SAEs that are evaluated together.
         eval_batch_size: sequences per forward of the evaluation.
+        evaluates: whether there is an evaluation.
+        evaluates_in_training: whether it comes while optimiser and buffer are held.
     """
     lm_batch_size = lm_batch_size or max(1, batch_size // context_size)
     lm_tokens = lm_batch_size * context_size
@@ -107,10 +131,10 @@ def estimate_memory(
     hooks = {cfg.metadata.hook_name: cfg.d_in for cfg in configs.values()}
     width, d_model = sum(hooks.values()), backend_of(model).d_model
     item = next(model.parameters()).element_size()
-    normed = any(cfg.normalize_activations == "expected_average_only_in" for cfg in configs.values())
-    buffer = width * item * (2 * (buffer_tokens + lm_tokens) + batch_size)
-    if normed:
-        buffer += width * item * batch_size * norm_estimate_batches
+    stored = item if buffer_dtype is None else BUFFER_DTYPES[buffer_dtype].itemsize
+    buffer = width * stored * capacity_for(buffer_tokens, batch_size, lm_tokens, mix_fraction)
+    normed = any(cfg.normalize_activations != "none" for cfg in configs.values())
+    held = 1 + (int(prefetch) + 1 if prefetch else 0) + (norm_estimate_batches if normed else 0)
     eval_tokens = eval_batch_size * context_size
     largest_sae = max(cfg.d_sae for cfg in configs.values())
     largest = sorted(parameters.values())[-group_size:]
@@ -119,10 +143,14 @@ def estimate_memory(
         moments=8 * sum(parameters.values()),
         gradient=4 * max(parameters.values()),
         step=max(_step(cfg, batch_size) for cfg in configs.values()),
-        buffer=buffer,
+        buffer=0 if buffer_apart else buffer,
+        host_buffer=buffer if buffer_apart else 0,
+        evaluates_in_training=evaluates_in_training,
+        batches=width * stored * batch_size * held,
         # (the hooks' own tensors, and attention and MLP of one block)
         forward=item * lm_tokens * (width + 24 * d_model),
         evaluation=4
+        * evaluates
         * (
             sum(largest)
             + max(largest)  # while one is loaded
@@ -141,13 +169,22 @@ def available_memory(device: str | torch.device = "cpu") -> int:
     return min([int(psutil.virtual_memory().available), *_container_limit()])
 
 
-def check_memory(estimate: MemoryEstimate, available: int) -> None:
-    """Raises MemoryError with all parts where ``estimate`` exceeds ``available`` bytes."""
+def check_memory(estimate: MemoryEstimate, available: int, what: str = "sweep", hint: str = "") -> None:
+    """Raises MemoryError with all parts where ``estimate`` exceeds ``available`` bytes, or its part in main
+    memory what is free there."""
+    message = (
+        f"the {what} needs {estimate}; {{}} GiB are available. Train fewer or narrower SAEs at once, take "
+        f"smaller batches or a smaller buffer (or store it as bfloat16), or override the check{hint}"
+    )
     if estimate.needed > available:
-        raise MemoryError(
-            f"the sweep needs {estimate}; {available / 2**30:.2f} GiB are available. Train fewer or narrower "
-            "SAEs at once, take smaller batches or a smaller buffer, or override the check"
-        )
+        raise MemoryError(message.format(f"{available / 2**30:.2f}"))
+    if estimate.host_buffer and estimate.host_buffer > (host := available_memory("cpu")):
+        raise MemoryError(message.format(f"of main memory {host / 2**30:.2f}"))
+
+
+def tell_memory(estimate: MemoryEstimate, available: int, what: str) -> None:
+    """Print the estimate, on the standard error like the progress bars."""
+    print(f"memory: the {what} needs {estimate}; {available / 2**30:.2f} GiB are available", file=sys.stderr)
 
 
 def _parameters(cfg: TrainingSAEConfig) -> int:
@@ -160,14 +197,11 @@ def _parameters(cfg: TrainingSAEConfig) -> int:
 def _step(cfg: TrainingSAEConfig, batch_size: int) -> int:
     """Bytes that one member's step holds and frees."""
     sae_class = get_sae_training_class(cfg.architecture())[0]
-    fast = (
-        issubclass(sae_class, FastTopK)
-        and getattr(cfg, "aux_loss_coefficient", 0) == 0
-        and torch.device(cfg.device).type == "cpu"
-    )
+    fast = issubclass(sae_class, FastTopK) and torch.device(cfg.device).type in DEVICES
+    revival = REVIVAL if getattr(cfg, "aux_loss_coefficient", 0) else 0
     # Rules that only compare the layers (distilled, oracle) encode them one after the other.
     rows = batch_size * (getattr(cfg, "n_layers", 1) if getattr(cfg, "routing", "") == "every" else 1)
-    latents = (FAST_STEP if fast else DENSE_STEP) * cfg.d_sae
+    latents = (FAST_STEP + revival if fast else DENSE_STEP) * cfg.d_sae
     return 4 * (rows * latents + batch_size * STACK_TENSORS * cfg.d_in)
 
 

@@ -12,6 +12,7 @@ from sae_lens.load_model import HookedProxyLM
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 
 from routesae_lens.training.record import RUN_FILE, read_record
+from routesae_lens.training.rows import BUFFER_DTYPES
 from routesae_lens.training.runner import CHECKPOINTS, LOG
 from routesae_lens.training.schedules import SCHEDULES
 
@@ -45,6 +46,7 @@ def check_numbers(
     lr: float,
     schedule: str,
     context_limit: int | None,
+    buffer_dtype: str | None = None,
     **at_least: tuple[Any, int],
 ) -> None:
     """Raises ValueError for sizes that cannot work; ``at_least`` holds further ones with their minimum."""
@@ -68,6 +70,8 @@ def check_numbers(
         )
     if context_limit is not None and context_size > context_limit:
         raise ValueError(f"context_size = {context_size}, but the model reads at most {context_limit} tokens")
+    if buffer_dtype not in (None, *BUFFER_DTYPES):
+        raise ValueError(f"unknown buffer_dtype {buffer_dtype!r}; known: {', '.join(BUFFER_DTYPES)}")
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")
 

@@ -28,7 +28,9 @@ def identity(
         name: {k: v for k, v in sae.to_dict().items() if k not in ("metadata", "device")}
         for name, sae in cfg.saes.items()
     }
-    ours = ("schedule", "unit_norm_every", "buffer_tokens")
+    ours = ["schedule", "unit_norm_every", "buffer_tokens"]
+    if options.buffer_dtype is not None:  # (checkpoints of older versions know no such setting)
+        ours.append("buffer_dtype")
     return {
         "saes": saes,
         "hooks": cfg.hook_names_per_sae,

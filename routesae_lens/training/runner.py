@@ -22,6 +22,7 @@ from routesae_lens.training.buffer import MixingBuffer
 from routesae_lens.training.checkpoint import Checkpoints, CheckpointState, restore_rng
 from routesae_lens.training.data import measure
 from routesae_lens.training.log import TrainingLog
+from routesae_lens.training.rows import BUFFER_DTYPES, capacity_for, forward_rows
 from routesae_lens.training.schedules import Schedule, fuse_adam
 from routesae_lens.training.trainer import Evaluator, Monitor, MonitoredTrainer
 
@@ -37,9 +38,10 @@ class RunOptions:
         schedule: learning-rate schedule, see ``schedules.SCHEDULES``.
         unit_norm_every: set decoder norms to 1 before training, after steps 1, 1 + n, 1 + 2n ... and the last.
         log_every: a line of ``log.jsonl``.
-        eval_every: call the evaluator (and at the end).
+        eval_every: call the evaluator (and at the end; 0: only then).
         checkpoint_every: a checkpoint; interruptions make one in any case.
         buffer_tokens: tokens that are shuffled together.
+        buffer_dtype: in which activations are stored; None: as the model gives them.
         save_buffer: whether checkpoints hold the activation buffer. None: where it is under
             ``save_buffer_limit`` bytes. Without it, resuming computes the missing activations again.
         seed: of the shuffling and of torch's global generators.
@@ -55,6 +57,7 @@ class RunOptions:
     eval_every: int = 0
     checkpoint_every: int = 0
     buffer_tokens: int
+    buffer_dtype: str | None = None
     save_buffer: bool | None = None
     save_buffer_limit: int = 2_000_000_000
     seed: int = 0
@@ -118,6 +121,9 @@ class RouteSAETrainingRunner(MultiSAETrainingRunner):
             batch_size=self.cfg.train_batch_size_tokens,
             mix_fraction=self.cfg.activations_mixing_fraction,
             seed=self.options.seed,
+            dtype=self._buffer_dtype,
+            output_device=torch.device(self.cfg.device),
+            read_ahead=bool(self.cfg.prefetch_llm_batches),
         )
         folder = self.checkpoints.latest() if self.options.resume else None
         self._resumed = None if folder is None else (folder, CheckpointState.read(folder))
@@ -183,7 +189,8 @@ class RouteSAETrainingRunner(MultiSAETrainingRunner):
     def _save_runner_checkpoint_files(self, checkpoint_path: Path | None) -> None:
         super()._save_runner_checkpoint_files(checkpoint_path)
         if checkpoint_path is not None:
-            self.trainer.state().write(checkpoint_path)
+            with self.trainer.data_provider.paused():  # what is written is the buffer itself, not a copy
+                self.trainer.state().write(checkpoint_path)
 
     @property
     def buffer_bytes(self) -> int:
@@ -191,13 +198,19 @@ class RouteSAETrainingRunner(MultiSAETrainingRunner):
         cfg, store = self.cfg, self.activations_store
         width = sum({hook: cfg.saes[name].d_in for name, hook in cfg.hook_names_per_sae.items()}.values())
         prefetched = int(cfg.prefetch_llm_batches) + 1 if cfg.prefetch_llm_batches else 0
-        rows = (
-            self.options.buffer_tokens
-            + store.store_batch_size_prompts * store.training_context_size
-            + prefetched * cfg.train_batch_size_tokens
+        rows = prefetched * cfg.train_batch_size_tokens + capacity_for(
+            self.options.buffer_tokens,
+            cfg.train_batch_size_tokens,
+            forward_rows(store.store_batch_size_prompts, store.context_size, store.seqpos_slice),
+            cfg.activations_mixing_fraction,
         )
-        dtype = next(self.model.parameters()).dtype
+        dtype = self._buffer_dtype or next(self.model.parameters()).dtype
         return rows * (width * dtype.itemsize + 16)
+
+    @property
+    def _buffer_dtype(self) -> torch.dtype | None:
+        name = self.options.buffer_dtype
+        return None if name is None else BUFFER_DTYPES[name]
 
     @property
     def saves_buffer(self) -> bool:

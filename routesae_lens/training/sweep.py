@@ -28,7 +28,7 @@ from routesae_lens.saes.route_sae import with_routing
 from routesae_lens.training.checkpoint import flat
 from routesae_lens.training.data import load_text
 from routesae_lens.training.log import plain
-from routesae_lens.training.memory import available_memory, check_memory, estimate_memory
+from routesae_lens.training.memory import available_memory, check_memory, estimate_memory, tell_memory
 from routesae_lens.training.methods import METHODS, Method
 from routesae_lens.training.record import read_object, read_record, versions, write_whole
 from routesae_lens.training.schedules import windows
@@ -267,7 +267,7 @@ def sweep(
     if read_record(output / TRAINING).get("status") != "finished":
         sizes: dict[str, Any] = {
             name: getattr(config, name)
-            for name in ("batch_size", "context_size", "lm_batch_size", "buffer_tokens")
+            for name in ("batch_size", "context_size", "lm_batch_size", "buffer_tokens", "buffer_dtype")
         }
         steps = config.training_tokens // config.batch_size
         norm_batches = min(NORM_ESTIMATE_BATCHES, windows(steps).norm_estimate_batches)
@@ -275,11 +275,14 @@ def sweep(
             model,
             configs,
             **sizes,
+            prefetch=training.get("prefetch", False),
             norm_estimate_batches=norm_batches,
             group_size=group_size,
             eval_batch_size=config.eval_batch_size,
         )
-        check_memory(estimate, available_memory(device) if memory is None else memory)
+        available = available_memory(device) if memory is None else memory
+        tell_memory(estimate, available, "sweep")
+        check_memory(estimate, available)
         output.mkdir(parents=True, exist_ok=True)
         sheet = {"identity": identity, "about": about, "members": [one._asdict() for one in members]}
         write_whole(output / SWEEP_FILE, json.dumps(sheet | {"versions": versions()}, indent=1))
@@ -298,6 +301,8 @@ def sweep(
                 exclude_special_tokens=config.exclude_special_tokens,
                 exclude_first_position=config.exclude_first_position,
                 on_divergence=on_divergence,
+                autocast_lm=config.autocast_lm,
+                check_memory=False,  # (just done, with the evaluation)
                 resume=True,
                 runner_options={"n_batches_for_norm_estimate": norm_batches},
                 **training,

@@ -23,7 +23,10 @@ from routesae_lens.training.methods import (
     option_problems,
 )
 from routesae_lens.training.preflight import context_limit
+from routesae_lens.training.rows import BUFFER_DTYPES
 from routesae_lens.training.schedules import SCHEDULES
+
+LATER = ("buffer_dtype", "autocast_lm")
 
 
 class SweepMember(NamedTuple):
@@ -57,8 +60,8 @@ class SweepConfig:
             ``{"route": {"loss": "mse"}}``. A method with ``@`` takes those of its base, too. What the
             method's name, the sparsity or the seed sets is no option.
         aux_loss_coefficient: of methods with a k; the paper trains without.
-        training_tokens, context_size, batch_size, lm_batch_size, buffer_tokens, lr, schedule,
-            unit_norm_every, exclude_special_tokens, exclude_first_position: see ``train``.
+        training_tokens, context_size, batch_size, lm_batch_size, buffer_tokens, buffer_dtype, autocast_lm, lr,
+            schedule, unit_norm_every, exclude_special_tokens, exclude_first_position: see ``train``.
         held_out_sequences: sequences that the evaluation reads.
         eval_batch_size: sequences per forward of the evaluation.
         unscaled: also evaluate the authors' unscaled splice.
@@ -78,6 +81,8 @@ class SweepConfig:
     batch_size: int = 2048
     lm_batch_size: int | None = None
     buffer_tokens: int | None = None
+    buffer_dtype: str | None = None
+    autocast_lm: bool = False
     lr: int | float = 5e-4
     schedule: str = "paper"
     unit_norm_every: int | None = None
@@ -131,7 +136,8 @@ class SweepConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON holds them; ``from_dict`` is the inverse."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return plain
+        # These came later: left out unless set, so that older folders hold the same sweep.
+        return {name: value for name, value in plain.items() if value or name not in LATER}
 
     def members(self, methods: Mapping[str, Method] = METHODS) -> list[SweepMember]:
         """The SAEs, seeds innermost."""
@@ -166,6 +172,9 @@ class SweepConfig:
         def fine(*names: str) -> bool:
             return wrong.keys().isdisjoint(names)
 
+        if self.buffer_dtype not in [None, *BUFFER_DTYPES]:
+            known = ", ".join(BUFFER_DTYPES)
+            found.append(f"unknown buffer_dtype {self.buffer_dtype!r}; known: {known}")
         if self.schedule not in list(SCHEDULES):  # (a list compares what cannot be hashed, too)
             found.append(f"unknown schedule {self.schedule!r}; known: {', '.join(SCHEDULES)}")
         if fine("training_tokens", "batch_size") and self.training_tokens < self.batch_size:
@@ -315,7 +324,7 @@ def _wrong_types(config: SweepConfig) -> dict[str, list[str]]:
         found["aux_loss_coefficient"] = [
             f"aux_loss_coefficient must be a number, 0 or more; got {auxiliary!r}"
         ]
-    for name in ("exclude_special_tokens", "exclude_first_position", "unscaled"):
+    for name in ("exclude_special_tokens", "exclude_first_position", "unscaled", "autocast_lm"):
         if not isinstance(getattr(config, name), bool):
             found[name] = [f"{name} must be true or false, got {getattr(config, name)!r}"]
     for name in ("sparsities", "options"):

@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 
+from routesae_lens.analysis.evaluate import SpliceEvaluator
 from routesae_lens.backends import backend_of
 from routesae_lens.hook_points import mount_layers
 from routesae_lens.saes.route_sae import RouteTrainingSAE
 from routesae_lens.saes.stack import StackFields
 from routesae_lens.training.data import is_tokenized, load_text
 from routesae_lens.training.interruption import TrainingInterrupted
+from routesae_lens.training.memory import available_memory, estimate_memory, tell_memory
+from routesae_lens.training.memory import check_memory as refuse_too_large
 from routesae_lens.training.preflight import (
     check_numbers,
     check_output,
@@ -66,6 +70,9 @@ def train(
     batch_size: int = 4096,
     lm_batch_size: int | None = None,
     buffer_tokens: int | None = None,
+    buffer_dtype: str | None = None,
+    buffer_device: str | None = None,
+    autocast_lm: bool = False,
     lr: float = 5e-4,
     schedule: str = "paper",
     unit_norm_every: int | None = None,
@@ -81,6 +88,7 @@ def train(
     resume: bool = False,
     init_from: str | Path | SAE[Any] | None = None,
     prefetch: bool | int = False,
+    check_memory: bool = True,
     device: str | None = None,
     wandb_project: str | None = None,
     wandb_entity: str | None = None,
@@ -103,6 +111,10 @@ def train(
         lm_batch_size: sequences per forward of the language model; by default one training batch.
         buffer_tokens: tokens that are shuffled together; by default four training batches, or more where
             one forward gives more.
+        buffer_dtype: in which activations are stored, "bfloat16" for half the memory of "float32"; by default
+            as the model gives them.
+        buffer_device: where the buffer is, for instance "cpu" beside SAEs on a GPU; by default with the SAEs.
+        autocast_lm: run the language model in bfloat16 where PyTorch deems it safe (SAELens' option).
         lr: learning rate of Adam (0.9, 0.999).
         schedule: "paper" (5 % linear warm-up, 75 % constant, 20 % linear to 0) or "constant".
         unit_norm_every: set decoder norms to 1 before training and every so many steps, as the authors do
@@ -112,7 +124,8 @@ def train(
         exclude_first_position: leave out position 0, whose norm is ~100 times the median.
         evaluator: called as SAELens' multi-SAE evaluator, for instance a ``SpliceEvaluator``; its metrics go
             to the log.
-        eval_every: steps between evaluations, a fifth of the run by default; one comes at the end.
+        eval_every: steps between evaluations, a fifth of the run by default; one comes at the end, 0: that one
+            alone.
         log_every: steps between lines of the log; by default 200 lines over the run.
         checkpoint_every: steps between checkpoints, a tenth of the run by default; 0 for none but those of
             interruptions. The last two are kept.
@@ -124,8 +137,9 @@ def train(
         resume: continue from the last checkpoint in ``output``; without any, start from the beginning.
         init_from: an SAE (or its folder) whose weights the RouteSAEs start from, see
             ``RouteTrainingSAE.init_from``.
-        prefetch: run the language model in a background thread, so many batches ahead.
-        device: of the SAEs and the buffer; by default the model's.
+        prefetch: run the language model in a background thread, so many batches ahead; True is one.
+        check_memory: refuse a run that will not fit; False only prints the estimate.
+        device: of the SAEs; by default the model's.
         wandb_project: log to Weights & Biases as SAELens does, beside the JSONL log.
         wandb_entity: its user or team.
         run_name: its name for the run.
@@ -136,6 +150,7 @@ def train(
         ValueError, TypeError, FileNotFoundError: input that cannot work, before training starts.
         FileExistsError: ``output`` holds another run, and ``resume`` is not asked.
         OSError: not enough disk space.
+        MemoryError: the run will not fit; all parts are listed.
         FloatingPointError: activations, losses or weights became NaN or infinite (with "freeze": of all
             SAEs); the last checkpoint stays.
         TrainingInterrupted: SIGINT or SIGTERM, after writing a checkpoint.
@@ -151,6 +166,7 @@ def train(
         lr,
         schedule,
         context_limit(model),
+        buffer_dtype,
         lm_batch_size=(lm_batch_size, 1),
         unit_norm_every=(unit_norm_every, 0),
         log_every=(log_every, 1),
@@ -175,11 +191,33 @@ def train(
             "column 'tokens' or 'input_ids'"
         )
     hooks = {name: _hook_name(model, name, cfg) for name, cfg in configs.items()}
+    for name, one in configs.items():
+        one.metadata.hook_name = hooks[name]
     device = device or str(next(model.parameters()).device)
+    buffer_device = buffer_device or device
+    every = windows(steps)
+    further = dict(runner_options or {})
+    estimate = estimate_memory(
+        model,
+        configs,
+        batch_size=batch_size,
+        context_size=context_size,
+        lm_batch_size=lm_batch_size,
+        buffer_tokens=buffer_tokens,
+        buffer_dtype=buffer_dtype,
+        buffer_apart=torch.device(buffer_device).type != torch.device(device).type,
+        mix_fraction=further.get("activations_mixing_fraction", 0.5),
+        prefetch=prefetch,
+        norm_estimate_batches=further.get("n_batches_for_norm_estimate", every.norm_estimate_batches),
+        **_evaluation(evaluator, context_size, len(configs)),
+    )
+    available = available_memory(device)
+    tell_memory(estimate, available, "run")
+    if check_memory:
+        refuse_too_large(estimate, available, "run", hint=" (check_memory=False)")
     seeds = dict(seed) if isinstance(seed, Mapping) else dict.fromkeys(configs, seed)
     run_seed = min(seeds.values())
     saes = {name: _build(cfg, seeds[name], device, init_from) for name, cfg in configs.items()}
-    every = windows(steps)
     lm_batch_size = lm_batch_size or max(1, batch_size // context_size)
     cfg = MultiSAETrainingRunnerConfig(
         **{
@@ -197,7 +235,8 @@ def train(
             "seqpos_slice": (1 if exclude_first_position else None, None),
             "exclude_special_tokens": exclude_special_tokens,
             "device": device,
-            "act_store_device": device,
+            "act_store_device": buffer_device,
+            "autocast_lm": autocast_lm,
             "prefetch_llm_batches": prefetch,
             "seed": run_seed,
             "train_batch_size_tokens": batch_size,
@@ -211,7 +250,7 @@ def train(
             "output_path": str(output),
             "checkpoint_path": None,
         }
-        | dict(runner_options or {})
+        | further
     )
     forward_tokens = lm_batch_size * context_size
     options = RunOptions(
@@ -222,6 +261,7 @@ def train(
         eval_every=max(1, steps // 5) if eval_every is None else eval_every,
         checkpoint_every=every.checkpoint_every if checkpoint_every is None else checkpoint_every,
         buffer_tokens=buffer_tokens or max(4 * batch_size, forward_tokens),
+        buffer_dtype=buffer_dtype,
         save_buffer=save_buffer,
         seed=run_seed,
         on_divergence=on_divergence,
@@ -257,6 +297,15 @@ def train(
         tokens=runner.trainer.n_training_samples,
         diverged=runner.trainer.diverged,
     )
+
+
+def _evaluation(evaluator: Any, context_size: int, n_saes: int) -> dict[str, Any]:
+    """What of an evaluator decides its memory; a function of the user's own is taken to need none."""
+    if not isinstance(evaluator, SpliceEvaluator):
+        return {"evaluates": False}
+    tokens = evaluator.options.get("batch_size", 4) * evaluator.tokens.shape[1]
+    sequences = ceil(tokens / context_size)
+    return {"group_size": n_saes, "eval_batch_size": sequences, "evaluates_in_training": True}
 
 
 def model_name(model: Any) -> str:

@@ -39,7 +39,7 @@ def set_decoder_norm(sae: SAE[Any]) -> None:
 
 @dataclass
 class Monitor:
-    """What the end of a step looks at. Intervals are in steps; 0 means never."""
+    """What the end of a step looks at. Intervals are in steps; 0 means never (evaluations: at the end alone)."""
 
     log: TrainingLog
     checkpoints: Checkpoints
@@ -156,9 +156,8 @@ class MonitoredTrainer(MultiSAETrainer):
         if every and ((step - 1) % every == 0 or self.at_end):
             self._set_decoder_norms()
         self._show(pbar, {name: losses[name] for name in self.running})
-        evaluates = bool(monitor.evaluator and monitor.eval_every) and (
-            step % max(1, monitor.eval_every) == 0 or self.at_end
-        )
+        due = self.at_end or (monitor.eval_every > 0 and step % monitor.eval_every == 0)
+        evaluates = monitor.evaluator is not None and due
         if evaluates or self.at_end:
             self._check_weights()
         if self._is_log_step():

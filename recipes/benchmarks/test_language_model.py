@@ -1,0 +1,164 @@
+"""The language model's part: the multi-layer hook point, evaluation, and feature collection."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEVICE, QUICK, Compare, model_name, tokens_of
+
+import routesae_lens as rl
+
+BACKENDS = ("huggingface", "bridge", "hooked")
+NO_BAR: dict[str, Any] = {"progress": False}
+
+
+def stopped(model: Any, tokens: torch.Tensor, last: int) -> Callable[[], Any]:
+    """The bare forward up to block ``last``."""
+    options: dict[str, Any] = {"stop_at_layer": last + 1}
+    if not hasattr(model, "cfg"):  # SAELens' proxy stops once the named modules have run
+        options["_names_filter"] = [rl.backend_of(model).hook_name(last, "hook_resid_post")]
+    return torch.no_grad()(lambda: model(tokens, **options))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hook_point(compare: Compare, load: Any, backend: str):
+    model = load(backend)
+    tokens = tokens_of(model)
+    layers = rl.default_layers(rl.backend_of(model).n_layers)
+    point = rl.mount_layers(model, layers)
+
+    @torch.no_grad()
+    def listen() -> Any:
+        return model.run_with_cache(tokens, names_filter=[point], stop_at_layer=layers[-1] + 1)
+
+    compare(
+        listen,
+        stopped(model, tokens, layers[-1]),
+        group="Multi-layer hook point",
+        name=backend,
+        unit="the same stopped forward, bare",
+        size=f"{model_name()}, blocks {layers[0]} to {layers[-1]}, {tokens.numel()} tokens",
+        rounds=3 if QUICK else 11,
+        goal=("<=", 1.05),
+    )
+    rl.unmount_layers(model, point)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_backends(compare: Compare, load: Any, backend: str):
+    models = {name: load(name) for name in (backend, "huggingface")}
+    tokens = tokens_of(models[backend])
+    last = rl.default_layers(rl.backend_of(models[backend]).n_layers)[-1]
+    row = compare(
+        stopped(models[backend], tokens, last),
+        stopped(models["huggingface"], tokens, last),
+        group="Backends",
+        name=backend,
+        unit="the stopped forward of huggingface",
+        size=f"{model_name()}, up to block {last}, {tokens.numel()} tokens",
+    )
+    row["tokens_per_s"] = tokens.numel() / row["seconds"]
+    row["reference_tokens_per_s"] = tokens.numel() / row["reference_seconds"]
+
+
+def route_sae(model: Any, width: int) -> Any:
+    torch.manual_seed(0)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    cfg = rl.RouteTopKSAEConfig.for_model(
+        model, d_sae=64 if QUICK else width, k=8 if QUICK else 32, device=DEVICE, dtype=dtype
+    )
+    return rl.RouteTopKSAE(cfg)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_evaluation(compare: Compare, load: Any, backend: str):
+    model = load(backend)
+    tokens, sae = tokens_of(model), route_sae(model, 4608)
+    compare(
+        lambda: rl.evaluate(sae, model, tokens, batch_size=len(tokens), zero_ablation=False, **NO_BAR),
+        torch.no_grad()(lambda: model(tokens)),
+        group="Evaluation",
+        name=backend,
+        unit="full forward",
+        size=f"{model_name()}, one batch of {tokens.numel()} tokens, RouteSAE of width {sae.cfg.d_sae}",
+        goal=("<=", 1.95 if backend == "hooked" else 2.1),
+    )
+
+
+@torch.no_grad()
+def naive_features(sae: Any, model: Any, tokens: torch.Tensor, threshold: float, batch_size: int) -> Any:
+    """The paper's rule in a loop over activations: a heap of two contexts per token class and latent.
+
+    Returns the latents with at least four contexts, with the text around each, and how often each latent fired.
+    """
+    point = sae.mount(model)
+    heaps: Any = defaultdict(lambda: defaultdict(list))
+    fired: Counter[tuple[int, int]] = Counter()
+    special = set(model.tokenizer.all_special_ids)
+    for start in range(0, len(tokens), batch_size):
+        batch = tokens[start : start + batch_size]
+        _, cache = model.run_with_cache(batch, names_filter=[point], stop_at_layer=sae.layers[-1] + 1)
+        route = sae.route(cache[point])
+        acts = sae.encode_routed(route.input) / route.scale[..., None]
+        for sequence in range(len(batch)):
+            for position in range(1, batch.shape[1]):
+                token = int(batch[sequence, position])
+                if token in special:
+                    continue
+                text = model.tokenizer.decode([token]).strip().lower()
+                layer = int(route.layer[sequence, position])
+                row = acts[sequence, position]
+                for latent in row.nonzero().flatten().tolist():
+                    activation = row[latent].item()
+                    fired[layer, latent] += 1
+                    if activation > threshold:
+                        heap = heaps[latent][text]
+                        heapq.heappush(heap, (activation, -start - sequence, -position))
+                        if len(heap) > 2:
+                            heapq.heappop(heap)
+    found = {}
+    for latent, classes in heaps.items():
+        contexts = sorted((context for heap in classes.values() for context in heap), reverse=True)
+        if len(contexts) >= 4:
+            places = [(-sequence, -position) for _, sequence, position in contexts[:32]]
+            found[latent] = [model.tokenizer.decode(tokens[s, max(0, p - 32) : p + 32]) for s, p in places]
+    return found, fired
+
+
+@pytest.mark.parametrize("small", [True] if QUICK else [True, False])
+def test_features(compare: Compare, load: Any, small: bool):
+    model = load("huggingface", small)
+    tokens = tokens_of(model, n_sequences=16) if small and not QUICK else tokens_of(model)
+    sae = route_sae(model, 4608)
+    batch_size = 4 if QUICK else 8
+    point = sae.mount(model)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens, names_filter=[point])
+        acts = sae.encode(cache[point])
+    quantile = 0.5 if QUICK else 0.99  # one activation in a hundred is a context
+    threshold = acts[acts > 0].float().quantile(quantile).item()
+    options: dict[str, Any] = {"threshold": threshold, "relative": False, "batch_size": batch_size}
+
+    def ours() -> Any:
+        return rl.collect_features({"sae": sae}, model, tokens, **options, **NO_BAR)["sae"]
+
+    expected, _ = naive_features(sae, model, tokens, threshold, batch_size)
+    found = {feature.id for feature in ours().features}
+    assert expected and len(found ^ expected.keys()) <= 0.02 * len(
+        expected
+    )  # (a tie or a rounding may go either way)
+    compare(
+        ours,
+        lambda: naive_features(sae, model, tokens, threshold, batch_size),
+        group="Feature collection",
+        name="with the pass of SmolLM2-135M" if not small else "with the pass of a small model",
+        unit="a loop over activations",
+        size=f"{model_name(small)}, {tokens.numel()} tokens, RouteSAE of width {sae.cfg.d_sae}, k {sae.cfg.k}",
+        times_faster=True,
+        goal=(">=", 10) if small else None,  # both ways take the same pass, which decides on a real model
+    )

@@ -1,0 +1,380 @@
+"""The TopK autoencoder that touches only k latents per token, as functions of tensors.
+
+Encoding needs one dense product; decoding, both weight gradients and the gradient to the latents need k of
+``d_sae`` columns, and reviving dead latents needs the dead ones. :func:`topk_autoencode` computes exactly that;
+:func:`topk_autoencode_dense` is the same in plain torch, for tests. :func:`topk_encode` and :func:`topk_decode`
+are its halves without gradients. Rows are encoded a few hundred at a time, so that pre-activations stay in the
+cache and no (batch, d_sae) matrix is made.
+
+On the CPU all is plain torch. On CUDA the sparse products run through ``topk_triton.py`` where triton is
+installed and agrees with torch on a small example, and through torch otherwise. Neither has been run on a GPU
+yet: the kernels are tested in triton's interpreter, the torch forms for CUDA on the CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag
+
+with warnings.catch_warnings():  # torch says once per process that sparse CSR tensors are in beta
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor(
+        torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1)
+    )
+
+ROWS_AT_ONCE = {"cpu": 256, "cuda": 4096}
+"""Rows encoded together: few enough for the cache (CPU) or the memory, many enough for a fast product."""
+GROUP = 16
+"""Latents of which only the largest competes at first, see :func:`_largest`."""
+
+
+class TopKCode(NamedTuple):
+    """The latents that a TopK SAE keeps of each token."""
+
+    values: Float[Tensor, "batch k"]
+    indices: Int[Tensor, "batch k"]
+    """Ascending in every row."""
+
+
+class TopKOutput(NamedTuple):
+    """A reconstruction and the latents it is made of."""
+
+    out: Float[Tensor, "batch d_in"]
+    values: Float[Tensor, "batch k"]
+    """In units of the decoder row, without gradient."""
+    indices: Int[Tensor, "batch k"]
+    """Ascending in every row."""
+    dead_out: Float[Tensor, "batch d_in"] | None
+    """What the dead latents alone reconstruct, without ``b_dec`` (None where no ``dead`` were given)."""
+
+
+def topk_autoencode(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    b_dec: Float[Tensor, " d_in"],
+    k: int,
+    *,
+    relu: bool = True,
+    weight_by_norm: bool = False,
+    subtract_b_dec: bool = False,
+    dead: Int[Tensor, " dead"] | None = None,
+    k_dead: int = 0,
+) -> TopKOutput:
+    """Reconstruction from the k largest pre-activations ``x @ W_enc + b_enc``.
+
+    Under autocast the encoder's product (and those of dead latents) run in its dtype, the rest in the weights'.
+
+    Args:
+        x: what is encoded.
+        W_enc, b_enc, W_dec, b_dec: as in SAELens.
+        k: latents kept per token.
+        relu: drop negative ones among them.
+        weight_by_norm: choose by pre-activation times decoder norm (SAELens' ``rescale_acts_by_decoder_norm``).
+            The reconstruction of the chosen ones is the same.
+        subtract_b_dec: encode ``x - b_dec`` (SAELens' ``apply_b_dec_to_input``).
+        dead: latents to be revived: ``dead_out`` is made of the ``k_dead`` largest of them, negative ones
+            included (Gao et al., 2024, appendix A.2).
+        k_dead: at most ``len(dead)``.
+    """
+    centered = x - b_dec if subtract_b_dec else x
+    norm = W_dec.detach().norm(dim=-1) if weight_by_norm else None
+    out, values, indices, dead_out = _TopKAutoencode.apply(
+        centered, W_enc, b_enc, W_dec, b_dec, norm, dead, k, k_dead, relu
+    )
+    return TopKOutput(out, values, indices, None if dead is None else dead_out)
+
+
+def topk_autoencode_dense(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    b_dec: Float[Tensor, " d_in"],
+    k: int,
+    *,
+    relu: bool = True,
+    weight_by_norm: bool = False,
+    subtract_b_dec: bool = False,
+    dead: Int[Tensor, " dead"] | None = None,
+    k_dead: int = 0,
+) -> TopKOutput:
+    """:func:`topk_autoencode` in plain dense torch."""
+    pre = (x - b_dec if subtract_b_dec else x) @ W_enc + b_enc
+    weighted = (pre * W_dec.norm(dim=-1) if weight_by_norm else pre).detach()
+    indices = weighted.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
+    values = pre.gather(-1, indices)
+    values = values.relu() if relu else values
+    out = torch.zeros_like(pre).scatter(-1, indices, values) @ W_dec + b_dec
+    dead_out = None
+    if dead is not None:
+        alive = torch.ones_like(b_enc, dtype=torch.bool).index_fill(0, dead, False)
+        revived = weighted.masked_fill(alive, -torch.inf).topk(k_dead, dim=-1).indices
+        dead_out = torch.zeros_like(pre).scatter(-1, revived, pre.gather(-1, revived)) @ W_dec
+    return TopKOutput(out, values.detach(), indices, dead_out)
+
+
+@torch.no_grad()
+def topk_encode(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    k: int,
+    *,
+    relu: bool = True,
+    norm: Float[Tensor, " d_sae"] | None = None,
+) -> TopKCode:
+    """The k largest pre-activations of each row, in units of the decoder row; ``norm`` weights the choice."""
+    return _encode(x, W_enc, b_enc, norm, k, relu)[0]
+
+
+@torch.no_grad()
+def topk_decode(
+    code: TopKCode, W_dec: Float[Tensor, "d_sae d_in"], b_dec: Float[Tensor, " d_in"]
+) -> Float[Tensor, "batch d_in"]:
+    """The reconstruction of :func:`topk_encode`'s code."""
+    return _decode(code, W_dec).add_(b_dec)
+
+
+# --- Forward and backward -------------------------------------------------------------------------------
+
+
+class _TopKAutoencode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        norm: Tensor | None,
+        dead: Tensor | None,
+        k: int,
+        k_dead: int,
+        relu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        code, pre_dead = _encode(x, W_enc, b_enc, norm, k, relu, dead)
+        left_out, dead_out = None, x.new_empty(0)
+        if dead is not None:
+            left_out = _left_out(pre_dead, None if norm is None else norm[dead], k_dead)
+            if left_out is not None:
+                pre_dead.masked_fill_(left_out, 0.0)
+            dead_out = _product(pre_dead, W_dec[dead])
+        ctx.save_for_backward(x, W_enc, W_dec, *code, dead, pre_dead, left_out)
+        ctx.relu, ctx.dtype = relu, _autocast_dtype(x)
+        ctx.mark_non_differentiable(*code, *([] if dead is not None else [dead_out]))
+        return _decode(code, W_dec).add_(b_dec), *code, dead_out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, W_enc, W_dec, values, indices, dead, revived, left_out = ctx.saved_tensors
+        d_sae, grad_out = len(W_dec), grads[0].contiguous()
+        grad_values = _at(grad_out, W_dec, indices)
+        if ctx.relu:
+            grad_values *= values > 0
+        by_latent = _ByLatent(indices, d_sae)
+        grad_b_enc = grad_values.new_zeros(d_sae).index_add_(0, indices.flatten(), grad_values.flatten())
+        if dead is not None:
+            grad_dead_out = grads[3]
+            grad_revived = _product(grad_dead_out, W_dec[dead].T, ctx.dtype)
+            if left_out is not None:
+                grad_revived.masked_fill_(left_out, 0.0)
+            grad_b_enc.index_add_(0, dead, grad_revived.sum(0))
+        grad_x = rows = None
+        if ctx.needs_input_grad[0]:
+            rows = W_enc.T.contiguous()
+            grad_x = _decode(TopKCode(grad_values, indices), rows)
+            if dead is not None:
+                grad_x += _product(grad_revived, rows[dead], ctx.dtype)
+        # Memory new to the process costs as much as what is done in it, so the gradient is made in ``rows``.
+        rows = by_latent.product(grad_values, x, out=rows)
+        if dead is not None:
+            rows.index_add_(0, dead, _product(grad_revived.T, x, ctx.dtype))
+        grad_W_enc = rows.T.contiguous()
+        del rows
+        grad_W_dec = by_latent.product(values, grad_out)
+        if dead is not None:
+            grad_W_dec.index_add_(0, dead, _product(revived.T, grad_dead_out, ctx.dtype))
+        return grad_x, grad_W_enc, grad_b_enc, grad_W_dec, grad_out.sum(0), *[None] * 5
+
+
+def _encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    norm: Tensor | None,
+    k: int,
+    relu: bool,
+    dead: Tensor | None = None,
+) -> tuple[TopKCode, Tensor]:
+    """The code, and the pre-activations of the dead latents (token, dead)."""
+    n, d_sae = len(x), W_enc.shape[1]
+    code = TopKCode(x.new_empty(n, k), torch.empty(n, k, dtype=torch.int64, device=x.device))
+    pre_dead = x.new_empty(n, 0 if dead is None else len(dead))
+    dtype = _autocast_dtype(x)
+    narrow = None if dtype is None else W_enc.to(dtype)
+    at_once = min(n, ROWS_AT_ONCE.get(x.device.type, n))
+    pre, weighted = x.new_empty(at_once, d_sae), x.new_empty(0 if norm is None else at_once, d_sae)
+    for rows in _slices(n, at_once):
+        here = pre[: rows.stop - rows.start]
+        if narrow is None:
+            torch.addmm(b_enc, x[rows], W_enc, out=here)
+        else:
+            torch.add(_product(x[rows], narrow, dtype), b_enc, out=here)
+        order = here if norm is None else torch.mul(here, norm, out=weighted[: len(here)])
+        code.indices[rows] = _largest(order, k).sort(dim=-1).values
+        torch.gather(here, -1, code.indices[rows], out=code.values[rows])
+        if dead is not None:
+            pre_dead[rows] = here.index_select(1, dead)
+    if relu:
+        code.values.relu_()
+    return code, pre_dead
+
+
+def _slices(n: int, step: int) -> Iterator[slice]:
+    for start in range(0, n, max(step, 1)):
+        yield slice(start, min(start + step, n))
+
+
+def _largest(pre: Float[Tensor, "row d_sae"], k: int) -> Int[Tensor, "row k"]:
+    """Places of the k largest, in no order.
+
+    They lie in the k groups of the largest maxima: a latent of another group is topped by k maxima. So wide
+    rows are searched twice, once among the maxima and once within the groups chosen.
+    """
+    n_groups, rest = divmod(pre.shape[1], GROUP)
+    if rest or 4 * k > n_groups or pre.device.type != "cpu":
+        return torch.topk(pre, k, dim=-1, sorted=False).indices
+    maxima = pre.view(-1, GROUP, n_groups).amax(1)  # group j: latents j, j + n_groups, ...
+    groups = torch.topk(maxima, k, dim=-1, sorted=False).indices
+    members = torch.arange(0, pre.shape[1], n_groups, device=pre.device)
+    candidates = (groups[:, None] + members[:, None]).flatten(1)
+    chosen = torch.topk(pre.gather(1, candidates), k, dim=-1, sorted=False).indices
+    return candidates.gather(1, chosen)
+
+
+def _left_out(pre: Tensor, norm: Tensor | None, k: int) -> Tensor | None:
+    """Where the k largest of a row (weighted by ``norm``) are not; None where all are."""
+    if k == pre.shape[1]:
+        return None
+    kept = torch.topk(pre if norm is None else pre * norm, k, dim=-1, sorted=False).indices
+    return torch.ones_like(pre, dtype=torch.bool).scatter_(-1, kept, False)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    device = x.device.type
+    if x.dtype == torch.float64:  # which autocast leaves alone
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``a @ b`` in ``dtype`` (under autocast in its own), returned in the dtype of ``a``."""
+    if dtype is None:
+        return (a @ b).to(a.dtype)
+    return (a.to(dtype) @ b.to(dtype)).to(a.dtype)
+
+
+# --- Products with the code, a sparse (batch, d_sae) matrix ------------------------------------------------
+
+
+def _decode(code: TopKCode, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "batch d_in"]:
+    """``A @ W_dec``, A the matrix that holds the values at the indices."""
+    if kernels := kernels_for(W_dec):
+        return kernels.decode(code.values, code.indices, W_dec)
+    return embedding_bag(code.indices, W_dec.detach(), per_sample_weights=code.values, mode="sum")
+
+
+def _at(
+    x: Float[Tensor, "batch d_in"], W_dec: Float[Tensor, "d_sae d_in"], indices: Int[Tensor, "batch k"]
+) -> Float[Tensor, "batch k"]:
+    """``x @ W_dec.T`` at the indices only."""
+    if kernels := kernels_for(W_dec):
+        return kernels.sampled(x, W_dec, indices)
+    if x.device.type != "cpu":
+        return _at_gathered(x, W_dec, indices)
+    n, k = indices.shape
+    starts = torch.arange(0, n * k + 1, k)
+    places = torch.sparse_csr_tensor(
+        starts, indices.flatten(), x.new_zeros(n * k), (n, len(W_dec)), check_invariants=False
+    )
+    product = torch.sparse.sampled_addmm(places, x, W_dec.T, beta=0.0)
+    return product.values().reshape(n, k)
+
+
+def _at_gathered(x: Tensor, W_dec: Tensor, indices: Tensor, elements: int = 2**26) -> Tensor:
+    """:func:`_at` for devices without the sampled product: gathers at most ``elements`` numbers at a time."""
+    result = x.new_empty(indices.shape)
+    for rows in _slices(len(x), max(1, elements // (indices.shape[1] * x.shape[1]))):
+        result[rows] = torch.bmm(W_dec[indices[rows]], x[rows, :, None]).squeeze(-1)
+    return result
+
+
+class _ByLatent:
+    """The code seen from the latents: for each latent its tokens."""
+
+    def __init__(self, indices: Int[Tensor, "batch k"], d_sae: int):
+        flat = indices.flatten()
+        self.order = torch.argsort(flat.int(), stable=True)
+        self.tokens = self.order // indices.shape[1]
+        counts = torch.bincount(flat, minlength=d_sae)
+        self.starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+    def product(
+        self,
+        weights: Float[Tensor, "batch k"],
+        x: Float[Tensor, "batch d"],
+        out: Float[Tensor, "d_sae d"] | None = None,
+    ) -> Float[Tensor, "d_sae d"]:
+        """``A.T @ x``, A the (batch, d_sae) matrix that holds ``weights`` at the indices."""
+        weights = weights.flatten()[self.order]
+        if kernels := kernels_for(x):
+            return kernels.by_latent(weights, self.tokens, self.starts, x, out)
+        if out is None:
+            return self._sums(weights, x, slice(0, len(self.starts) - 1))
+        for latents in _slices(len(out), max(1, 2**20 // x.shape[1])):  # (a part stays in the cache)
+            out[latents] = self._sums(weights, x, latents)
+        return out
+
+    def _sums(self, weights: Tensor, x: Tensor, latents: slice) -> Tensor:
+        starts = self.starts[latents.start : latents.stop + 1]
+        places = slice(int(starts[0]), int(starts[-1]))
+        return embedding_bag(
+            self.tokens[places],
+            x.detach(),
+            starts - starts[0],
+            per_sample_weights=weights[places],
+            mode="sum",
+            include_last_offset=True,
+        )
+
+
+def kernels_for(x: Tensor) -> Any:
+    """The module of triton kernels for this tensor, or None: then torch does it."""
+    return _triton(x.device) if x.is_cuda and x.dtype == torch.float32 else None
+
+
+@functools.cache
+def _triton(device: torch.device) -> Any:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        from routesae_lens.saes import topk_triton
+
+        topk_triton.check(device)
+    except Exception as error:  # a compiler, a driver: the torch forms need neither
+        warnings.warn(f"triton does not work on {device}, torch is used instead: {error}", stacklevel=2)
+        return None
+    return topk_triton
