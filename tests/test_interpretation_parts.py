@@ -312,8 +312,9 @@ def test_every_wrong_row_of_a_form_is_named(tmp_path: Path):
     assert str(caught.value).count("line ") == 3
     path.unlink()
     fill(write_form(feature_set(4), path), [("low-level", "²", "")])
-    with pytest.raises(ValueError, match="score must be a whole number from 1 to 5, got '²'"):
+    with pytest.raises(ValueError) as caught:
         read_form(path, "ann")
+    assert "'²'" in str(caught.value) and "int() with base 10" not in str(caught.value)
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="columns available, category"):
         read_form(tmp_path / "other.csv", "ann")
