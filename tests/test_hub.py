@@ -310,3 +310,6 @@ def test_wrong_input_is_named_before_anything_is_sent(hub: Hub, tmp_path: Path):
         with pytest.raises(ValueError, match=message):
             push_to_hub(saes, REPO, **options)  # type: ignore[arg-type]
     assert hub.repos == {} and hub.created == []
+    for sae_id in ("../k3", str(tmp_path / "k3"), ""):
+        with pytest.raises(ValueError, match="no folder inside a repository"):
+            load_from_hub(str(tmp_path), sae_id)

@@ -321,6 +321,10 @@ def test_every_wrong_row_of_a_form_is_named(tmp_path: Path):
     (tmp_path / "latin.csv").write_bytes(b"\xe4")
     with pytest.raises(ValueError, match="UTF-8"):
         read_form(tmp_path / "latin.csv", "ann")
+    path.unlink()
+    fill(write_form(feature_set(4), path), [("low-level", "3", "x" * 140_000)])
+    with pytest.raises(ValueError, match=r"form.csv, line \d+: field larger"):
+        read_form(path, "ann")
 
 
 @pytest.mark.parametrize("text", ["=1+1", "x;=1+1", "x,@SUM(1)", 'x"+1', "x\t-1", "x\n=1", "x\r=1", "x; =1"])

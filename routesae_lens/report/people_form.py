@@ -75,6 +75,13 @@ def read_form(path: str | Path, annotator: str) -> Interpretations:
     header = text.partition("\n")[0]
     delimiter = max(",;\t", key=header.count)
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        return _read_rows(rows, path, annotator)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {rows.line_num}: {error}") from error
+
+
+def _read_rows(rows: csv.DictReader[str], path: str | Path, annotator: str) -> Interpretations:
     missing = set(COLUMNS) - set(rows.fieldnames or ())
     if missing:
         raise ValueError(f"{path} is no form: columns {', '.join(sorted(missing))} are missing")

@@ -151,9 +151,10 @@ def load_from_hub(
         dtype: of the weights, such as "bfloat16"; None keeps that of the file.
 
     Raises:
-        ValueError: no such SAE in the repository, or a revision of a local folder.
+        ValueError: no such SAE in the repository, a name that leads out of it, or a revision of a local folder.
         huggingface_hub.errors.HfHubHTTPError: no such repository or revision.
     """
+    _check_folder(sae_id)
     names = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME)
     if not Path(repo_id).is_dir():
         try:
@@ -211,15 +212,13 @@ def _inference_forms(saes: Mapping[str, Any]) -> dict[str, SAE[Any]]:
     for sae_id, sae in saes.items():
         if not isinstance(sae, SAE):
             raise ValueError(f"expected an SAE under {sae_id!r}, got {type(sae).__name__}")
-        parts = PurePath(sae_id).parts
-        if (
-            not parts
-            or sae_id.startswith("/")
-            or {"..", "."} & set(sae_id.split("/"))
-            or "" in sae_id.split("/")
-        ):
-            raise ValueError(f"{sae_id!r} is no folder inside a repository, such as 'k32' or 'smollm2/k32'")
+        _check_folder(sae_id)
     return {i: inference_form(sae) if isinstance(sae, TrainingSAE) else sae for i, sae in saes.items()}
+
+
+def _check_folder(sae_id: str) -> None:
+    if not PurePath(sae_id).parts or {"..", ".", ""} & set(sae_id.split("/")):
+        raise ValueError(f"{sae_id!r} is no folder inside a repository, such as 'k32' or 'smollm2/k32'")
 
 
 def _evaluation(name: str, given: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
