@@ -119,7 +119,7 @@ class Tally:
 
     def add_clean(self, clean: NextTokens) -> None:
         self.predicted += clean.predicted
-        self.ce["clean"] += clean.cross_entropy()
+        self.ce["clean"] += clean.clean_cross_entropy
 
     def add_spliced(self, clean: NextTokens, spliced: Tensor) -> None:
         kl, cross_entropy = clean.compare(spliced)

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-CHUNK = 2**24
-"""Logits in a chunk: 64 MiB in float32."""
+CHUNK = {"cpu": 2**21, "cuda": 2**26}
+"""Logits in a chunk: few enough for the cache of a CPU, many enough to keep a GPU busy."""
 
 
 def kl_per_token(
@@ -46,56 +46,40 @@ class NextTokens:
         keep: Bool[Tensor, "batch pos"],
     ):
         self.logits, self.tokens, self.keep = logits, tokens, keep
-        self.log_z = self._flat(logits.new_empty(tokens.shape, dtype=torch.float32))
-        for rows, chunk in self._chunks(logits):
-            self.log_z[rows] = chunk.logsumexp(-1)
         both = torch.zeros_like(keep)
         both[:, :-1] = keep[:, :-1] & keep[:, 1:]
-        self._predicts = self._flat(both)
+        self._predicts = both.flatten()
         """Positions that count and whose next token counts."""
-        self._next = self._flat(tokens.roll(-1, dims=1))
+        self._next = tokens.roll(-1, dims=1).flatten()
         self.predicted = int(both.sum())
         """Number of tokens in :meth:`cross_entropy`."""
+        self.clean_cross_entropy = self.cross_entropy(logits)
 
     def kl(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, "batch pos"]:
         """KL(clean || other) at every position, in nats, float64."""
         return self.compare(logits)[0]
 
-    def cross_entropy(self, logits: Float[Tensor, "batch pos vocab"] | None = None) -> float:
-        """Next-token cross-entropy of other logits (of the clean ones by default), summed, in nats.
-
-        Summed where both the token and the predicted one count.
-        """
-        if logits is None:
-            return self._cross_entropy(self.logits, self.log_z)
-        log_z = torch.empty_like(self.log_z)
-        for rows, chunk in self._chunks(logits):
-            log_z[rows] = chunk.logsumexp(-1)
-        return self._cross_entropy(logits, log_z)
+    def cross_entropy(self, logits: Float[Tensor, "batch pos vocab"]) -> float:
+        """Next-token cross-entropy in nats, summed where both the token and the predicted one count."""
+        return sum(self._cross_entropy(rows, log_probs) for rows, log_probs in self._chunks(logits))
 
     def compare(self, logits: Float[Tensor, "batch pos vocab"]) -> tuple[Float[Tensor, "batch pos"], float]:
         """:meth:`kl` and :meth:`cross_entropy` of other logits, in one go."""
-        kl = torch.empty_like(self.log_z, dtype=torch.float64)
-        log_z = torch.empty_like(self.log_z)
+        kl, cross_entropy = torch.empty(self.tokens.numel(), dtype=torch.float64, device=logits.device), 0.0
         for (rows, ours), (_, theirs) in zip(self._chunks(self.logits), self._chunks(logits), strict=True):
-            log_z[rows] = theirs.logsumexp(-1)
-            probs = (ours - self.log_z[rows, None]).exp_()
-            # sum of p (log p - log q), log p = logit - log z
-            lost = torch.einsum("pv,pv->p", probs, ours - theirs)
-            kl[rows] = lost.double() + (log_z[rows].double() - self.log_z[rows].double())
-        return kl.reshape(self.tokens.shape), self._cross_entropy(logits, log_z)
+            cross_entropy += self._cross_entropy(rows, theirs)
+            gap = torch.sub(ours, theirs, out=theirs)
+            kl[rows] = torch.einsum("pv,pv->p", ours.exp_(), gap).double()
+        return kl.reshape(self.tokens.shape), cross_entropy
 
-    def _cross_entropy(self, logits: Tensor, log_z: Tensor) -> float:
-        rows = self._predicts.nonzero().flatten()
-        chosen = self._flat(logits)[rows, self._next[rows]].double()
-        return (log_z[rows].double() - chosen).sum().item()
+    def _cross_entropy(self, rows: slice, log_probs: Float[Tensor, "row vocab"]) -> float:
+        chosen = log_probs.gather(-1, self._next[rows, None]).squeeze(-1)
+        return -chosen[self._predicts[rows]].double().sum().item()
 
     def _chunks(self, logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        flat = self._flat(logits)
-        size = max(1, CHUNK // logits.shape[-1])
+        """Rows of the flattened positions, and their log-probabilities in float32."""
+        flat = logits.flatten(0, 1)
+        size = max(1, CHUNK.get(logits.device.type, CHUNK["cuda"]) // logits.shape[-1])
         for start in range(0, len(flat), size):
             rows = slice(start, start + size)
-            yield rows, flat[rows].float()
-
-    def _flat(self, x: Tensor) -> Tensor:
-        return x.flatten(0, 1)
+            yield rows, flat[rows].float().log_softmax(-1)

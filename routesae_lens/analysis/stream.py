@@ -115,7 +115,8 @@ def _batches(
         kept = keep[start : start + batch_size].to(device)
         with nullcontext() if prefix is None else prefix.recorded():
             out, cache = model.run_with_cache(batch, names_filter=points, **stop)
-        if logits and not torch.isfinite(out[kept[:, : out.shape[1]]]).all():
+        # (a sum is NaN or infinite where a logit is, and makes no second copy of them)
+        if logits and not torch.isfinite(out.sum(-1, dtype=torch.float32)[kept[:, : out.shape[1]]]).all():
             raise ValueError(
                 f"the model's logits are not finite in sequences {start} to {start + len(batch) - 1}"
             )
