@@ -133,7 +133,7 @@ def naive_features(sae: Any, model: Any, tokens: torch.Tensor, threshold: float,
 @pytest.mark.parametrize("small", [True] if QUICK else [True, False])
 def test_features(compare: Compare, load: Any, small: bool):
     model = load("huggingface", small)
-    tokens = tokens_of(model, n_sequences=16) if small and not QUICK else tokens_of(model)
+    tokens = tokens_of(model, n_sequences=128) if small and not QUICK else tokens_of(model)
     sae = route_sae(model, 4608)
     batch_size = 4 if QUICK else 8
     point = sae.mount(model)
