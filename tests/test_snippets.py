@@ -43,7 +43,7 @@ SMALLER = {
     "k = [16, 32]": "k = [16]",
     "d_sae = 2304": "d_sae = 64\nheld_out_sequences = 4",
     "n_sequences=400": "n_sequences=16",
-    'model, tokens)["route_topk"]': 'model, tokens, threshold=0.25, collect_above=0.25, max_contexts=4)["route_topk"]',
+    "model, tokens, threshold=5)": "model, tokens, threshold=0.25, collect_above=0.25, max_contexts=4)",
     "max_new_tokens=40": "max_new_tokens=6",
     "--output runs/mine/steering": "--output runs/mine/steering --max-new-tokens 6",
     "--samples 3": "--samples 2 --max-new-tokens 6",
