@@ -21,16 +21,29 @@ from transformer_lens.model_bridge import TransformerBridge
 SITES = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 """Places in a block that :func:`mount_layers` can read, by their TransformerLens names."""
 
+MLP_INPUT = "mlp.hook_in"
+"""What the MLP module reads, normalised where the model does that, norm weights included. The bridge and SAELens'
+HookedSAETransformer have a hook of this name; ``ln2.hook_normalized`` comes before the norm's weights, and
+``hook_mlp_in`` before the norm."""
+
 
 class LayersHookPoint(HookPoint):
-    """A read-only hook point fed by taps on several layers; fires when the last layer has come by."""
+    """A read-only hook point fed by taps on several layers, or sites; fires when the last has come by."""
+
+    what = "layer"
+    remedy = "Does the forward start after the first listed layer (start_at_layer)?"
 
     def __init__(self, n_layers: int):
         super().__init__()
         self.n_layers = n_layers
         self.taps: list[RemovableHandle] = []
-        self._seen = 0
+        self.widths: list[int] = []
+        """Numbers per token of what has come by, in the latest forward."""
         self._stack: Tensor | None = None  # filled layer by layer, so that no layer's output is kept for it
+
+    @property
+    def _seen(self) -> int:
+        return 0 if self._stack is None else len(self.widths)
 
     @property
     def listening(self) -> bool:
@@ -59,18 +72,23 @@ class LayersHookPoint(HookPoint):
             seen = self._seen
             self._drop()
             raise RuntimeError(
-                f"{self.name}: listed layer {index + 1} of {self.n_layers} ran when {seen} had run before it. "
-                "Does the forward start after the first listed layer (start_at_layer)?"
+                f"{self.name}: listed {self.what} {index + 1} of {self.n_layers} ran when {seen} had run before "
+                f"it. {self.remedy}"
             )
-        width = activation.shape[-1]
         with torch.inference_mode(False):  # inference tensors do not count their in-place edits
             stack = self._stack
             if stack is None:
-                stack = activation.new_empty(*activation.shape[:-1], self.n_layers * width)
+                self.widths = []
+                stack = activation.new_empty(*activation.shape[:-1], self.n_layers * activation.shape[-1])
             stack = stack.to(activation.device, torch.promote_types(stack.dtype, activation.dtype))
-            stack[..., index * width : (index + 1) * width] = activation
-        self._seen, self._stack = index + 1, stack
-        if self._seen < self.n_layers:
+            start, self.widths = sum(self.widths), [*self.widths, activation.shape[-1]]
+            end, last = sum(self.widths), len(self.widths) == self.n_layers
+            if end > stack.shape[-1] or (last and end < stack.shape[-1]):  # the widths differ
+                stack = torch.cat([stack[..., :start], activation.to(stack.dtype)], dim=-1)
+            else:
+                stack[..., start:end] = activation
+        self._stack = stack
+        if not last:
             return
         self._drop()
         version = stack._version
@@ -90,7 +108,17 @@ class LayersHookPoint(HookPoint):
         self._drop()
 
     def _drop(self) -> None:
-        self._seen, self._stack = 0, None
+        self._stack = None
+
+
+class SitesHookPoint(LayersHookPoint):
+    """The same over two sites of one block, what is read and what is written: :func:`mount_sites`."""
+
+    what = "site"
+    remedy = "The site that is read must come before the one that is written."
+
+    def __init__(self) -> None:
+        super().__init__(n_layers=2)
 
 
 @runtime_checkable
@@ -170,8 +198,10 @@ class _Hooked:
 
     def site_path(self, layer: int, site: str) -> str:
         """Path, below the block, of the hook point that stands for ``site``."""
+        block = self.model.blocks[layer]
         silent = self.model.cfg.attn_only and site == "hook_mlp_out"  # it has the hook, but never runs it
-        if silent or not hasattr(self.model.blocks[layer], site):
+        # (the MLP's input can be read where SAELens' class, which has a hook there, is not in use)
+        if silent or not (hasattr(block, "mlp") if site == MLP_INPUT else _has(block, site)):
             raise ValueError(f"this model has no {site} in block {layer}")
         return site
 
@@ -186,7 +216,13 @@ class _Hooked:
         yield block.register_forward_hook(inside.leave, always_call=True)
 
     def hook_name(self, layer: int, site: str) -> str:
-        return f"blocks.{layer}.{self.site_path(layer, site)}"
+        path = self.site_path(layer, site)
+        if not _has(self.model.blocks[layer], path):
+            raise ValueError(
+                f"{type(self.model).__name__} has no hook at {site} (block {layer}): only SAELens' "
+                "HookedSAETransformer, this package's HookedRouteSAETransformer and bridges have one"
+            )
+        return f"blocks.{layer}.{path}"
 
 
 class _Bridge(_Hooked):
@@ -208,16 +244,14 @@ class _Bridge(_Hooked):
         block = self.model.blocks[layer]
         target = block.hook_aliases.get(site, site)
         for path in [target] if isinstance(target, str) else target:
-            try:
-                reduce(getattr, path.split("."), block)
-            except AttributeError:
-                continue
-            return path
+            if _has(block, path):
+                return path
         raise ValueError(f"this model has no {site} in block {layer}")
 
 
 # Names of the modules that read or write the residual stream, by family (Llama-like, GPT-2-like).
 _MODULES = {
+    MLP_INPUT: ("mlp", "feed_forward"),
     "hook_attn_out": ("self_attn", "attn", "attention", "self_attention"),
     "hook_mlp_out": ("mlp", "feed_forward"),
     "hook_resid_mid": ("post_attention_layernorm", "ln_2"),
@@ -225,6 +259,7 @@ _MODULES = {
 # Families that also normalise what attention and MLP write (Gemma 2, OLMo 2): only the norm's output
 # is added to the stream, and post_attention_layernorm does not read it.
 _MODULES_WITH_POST_NORMS = {
+    MLP_INPUT: ("mlp", "feed_forward"),
     "hook_attn_out": ("post_attention_layernorm",),
     "hook_mlp_out": ("post_feedforward_layernorm",),
     "hook_resid_mid": ("pre_feedforward_layernorm",),
@@ -275,7 +310,7 @@ class _Proxy:
     def site_module(self, layer: int, site: str) -> tuple[str, nn.Module]:
         block = self.blocks[layer]
         post_norms = hasattr(block, "post_feedforward_layernorm")
-        names = (_MODULES_WITH_POST_NORMS if post_norms else _MODULES)[site]
+        names = (_MODULES_WITH_POST_NORMS if post_norms else _MODULES).get(site, ())
         parallel = getattr(self.model.model.config, "use_parallel_residual", False)
         if not (parallel and site == "hook_resid_mid"):  # attention and MLP side by side: nothing between
             for name in names:
@@ -283,7 +318,7 @@ class _Proxy:
                     return name, getattr(block, name)
         raise ValueError(
             f"this Hugging Face model has no known module for {site} in block {layer} (looked for "
-            f"{', '.join(names)}); load it as a TransformerBridge"
+            f"{', '.join(names) or 'none'}); load it as a TransformerBridge"
         )
 
     def tap(self, layer: int, site: str, point: LayersHookPoint, index: int) -> Iterator[RemovableHandle]:
@@ -315,6 +350,14 @@ class _Proxy:
         return name
 
 
+def _has(block: nn.Module, path: str) -> bool:
+    """Whether the block has a module at ``path``."""
+    try:
+        return isinstance(reduce(getattr, path.split("."), block), nn.Module)
+    except AttributeError:
+        return False
+
+
 # Taps are partials and bound methods, not closures: copy.deepcopy(model) then copies the point with
 # them, where a closure would feed the copy's activations to the original's point.
 
@@ -340,9 +383,15 @@ class _TapInside:
         self.live: list[RemovableHandle] = []
 
     def enter(self, block: nn.Module, _args: Any) -> None:
-        if self.point.listening:
-            heard: Any = reduce(getattr, self.path.split("."), block)
-            self.live.append(heard.register_forward_hook(partial(_put_output, self.point, self.index)))
+        if not self.point.listening:
+            return
+        if self.path == MLP_INPUT and not _has(block, self.path):  # HookedTransformer without SAELens
+            put_input = partial(_put_input, self.point, self.index)
+            mlp: Any = block.mlp
+            self.live.append(mlp.register_forward_pre_hook(put_input, with_kwargs=True))
+            return
+        heard: Any = reduce(getattr, self.path.split("."), block)
+        self.live.append(heard.register_forward_hook(partial(_put_output, self.point, self.index)))
 
     def leave(self, *_: Any) -> None:
         while self.live:

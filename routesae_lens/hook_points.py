@@ -19,7 +19,14 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from routesae_lens.backends import SITES, LayersHookPoint, backend_of
+from routesae_lens.backends import (
+    MLP_INPUT,
+    SITES,
+    Backend,
+    LayersHookPoint,
+    SitesHookPoint,
+    backend_of,
+)
 
 
 def mount_layers(model: Any, layers: Sequence[int], site: str = "hook_resid_post") -> str:
@@ -48,20 +55,56 @@ def mount_layers(model: Any, layers: Sequence[int], site: str = "hook_resid_post
         raise ValueError(f"unknown site {site!r}; known sites: {', '.join(SITES)}")
     name = stack_name(layers, site, backend.blocks_path)
     if name not in backend.points():
-        point = LayersHookPoint(len(layers))
-        point.name = name
-        try:
-            for index, layer in enumerate(layers):
-                point.taps.extend(backend.tap(layer, site, point, index))
-        except Exception:
-            point.remove_all_hooks_and_taps()
-            raise
-        backend.register(name, point)
+        _mount(backend, name, LayersHookPoint(len(layers)), [(layer, site) for layer in layers])
     return name
 
 
+def mount_sites(model: Any, block: int, site_in: str = MLP_INPUT, site_out: str = "hook_mlp_out") -> str:
+    """Register a hook point that fires with two sites of one block side by side: what a transcoder trains on.
+
+    As for :func:`mount_layers`, but over sites, whose widths may differ: the value has shape
+    ``batch pos (d_in + d_out)``, bitwise equal to the two captured alone. :func:`unmount_layers` undoes it.
+
+    Args:
+        model: a HookedTransformer, TransformerBridge or HookedProxyLM.
+        block: its number, 0-based.
+        site_in: what is read: one of :data:`SITES`, or :data:`MLP_INPUT`, what the MLP module reads (behind its
+            norm, weights of the norm included). On HookedTransformer and TransformerBridge also any other
+            hook of the block, for instance ``"mlp.hook_post"``.
+        site_out: what is to be predicted, likewise; it must come after ``site_in``.
+
+    Raises:
+        ValueError: a block out of range, the same site twice, or a site the backend lacks.
+        TypeError: a model of an unknown kind.
+    """
+    backend = backend_of(model)
+    (block,) = check_layers([block], backend.n_layers)
+    if site_in == site_out:
+        raise ValueError(f"expected two sites, got {site_in!r} twice (an SAE reads and writes one)")
+    if "hook_mlp_in" in (site_in, site_out):
+        raise ValueError(
+            f"hook_mlp_in is the stream before the norm, and fires with a flag only; expected {MLP_INPUT!r}, what "
+            "the MLP reads, or 'hook_resid_mid', the stream"
+        )
+    name = sites_name(block, site_in, site_out, backend.blocks_path)
+    if name not in backend.points():
+        _mount(backend, name, SitesHookPoint(), [(block, site_in), (block, site_out)])
+    return name
+
+
+def _mount(backend: Backend, name: str, point: LayersHookPoint, places: list[tuple[int, str]]) -> None:
+    point.name = name
+    try:
+        for index, (layer, site) in enumerate(places):
+            point.taps.extend(backend.tap(layer, site, point, index))
+    except Exception:
+        point.remove_all_hooks_and_taps()
+        raise
+    backend.register(name, point)
+
+
 def unmount_layers(model: Any, name: str) -> None:
-    """Undo :func:`mount_layers`: remove the hook point ``name`` and its taps from ``model``.
+    """Undo :func:`mount_layers` or :func:`mount_sites`: remove the hook point ``name`` and its taps from ``model``.
 
     Raises:
         ValueError: no such point is mounted.
@@ -147,6 +190,12 @@ def stack_name(layers: Sequence[int], site: str, blocks_path: str = "blocks") ->
             runs.append([layer])
     spec = "_".join(f"{run[0]}to{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
     return f"{blocks_path}.{layers[-1]}.{site}_stack_{spec}"
+
+
+def sites_name(block: int, site_in: str, site_out: str, blocks_path: str = "blocks") -> str:
+    """Name of the point over two sites of a block. It holds no ``.digit`` but the block, which SAELens parses."""
+    sites = f"{site_in}_beside_{site_out}".replace(".", "_")
+    return f"{blocks_path}.{block}.{sites}"
 
 
 class StackName(NamedTuple):

@@ -77,6 +77,13 @@ def test_matches_a_hand_written_reference(
         assert result.explained_variance_per_layer[layer] == pytest.approx(explained[index].item(), rel=1e-3)
     assert result.norm_mse == pytest.approx(ratio.mean().item(), rel=1e-4)
     assert result.explained_variance == pytest.approx(explained.mean().item(), rel=1e-3)
+    uncentered = (1 - errors.sum(0) / z.pow(2).sum((0, 2))).mean()
+    assert result.explained_variance_uncentered == pytest.approx(uncentered.item(), rel=1e-4)
+    raw = (x - (z_hat * std + mean)).pow(2).sum((0, 2))  # in the model's units
+    raw_explained = (1 - raw / (x - x.mean(0)).pow(2).sum((0, 2))).mean()
+    assert result.explained_variance_raw == pytest.approx(raw_explained.item(), rel=1e-3)
+    raw_uncentered = (1 - raw / x.pow(2).sum((0, 2))).mean()
+    assert result.explained_variance_raw_uncentered == pytest.approx(raw_uncentered.item(), rel=1e-3)
     fired = acts > 0
     assert result.l0 == pytest.approx(fired.float().sum(-1).mean().item(), rel=1e-5)
     assert result.dead_latents == int((~fired.any(0)).sum())

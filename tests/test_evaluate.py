@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
+from sae_lens.evals import ExplainedVarianceCalculator
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors.torch import load_file
@@ -18,6 +19,7 @@ from routesae_lens.analysis.evaluate import (
     evaluate_all,
     held_out_tokens,
 )
+from routesae_lens.analysis.metrics import LayerSums
 from routesae_lens.analysis.next_tokens import kl_per_token
 from routesae_lens.analysis.stream import check_tokens, kept_tokens
 from routesae_lens.analysis.subjects import subject_of
@@ -276,3 +278,103 @@ def test_without_zero_ablation_there_is_no_loss_recovered(tiny_hooked, tokens):
     assert short.ce_zero is None and short.loss_recovered is None
     assert (short.kl, short.ce_spliced) == (whole.kl, whole.ce_spliced)
     assert whole.loss_recovered == pytest.approx(1 - whole.delta_ce / (whole.ce_zero - whole.ce_clean))
+
+
+def test_explained_variance_in_the_models_units_is_saelens_own(tiny_hooked, tokens):
+    sae = plain_sae()
+    with torch.no_grad():  # a mean that all tokens share, where centred and not are far apart
+        tiny_hooked.blocks[4].mlp.b_out.add_(torch.linspace(-2, 5, D_MODEL))
+    result = evaluate(sae, tiny_hooked, tokens, exclude_special_tokens=False, batch_size=2, progress=False)
+    _, cache = tiny_hooked.run_with_cache(tokens)
+    x = cache["blocks.4.hook_resid_post"][:, 1:].flatten(0, 1)
+    theirs = ExplainedVarianceCalculator()
+    theirs.add_batch(sae(x), x)
+    assert result.explained_variance_raw == pytest.approx(theirs.compute(), rel=1e-4)
+    x, error = x.double(), (x - sae(x)).double().pow(2).sum()
+    centered = 1 - error / (x - x.mean(0)).pow(2).sum()
+    uncentered = 1 - error / x.pow(2).sum()  # Llama Scope, Eq. 6
+    assert result.explained_variance_raw == pytest.approx(centered.item(), rel=1e-4)
+    assert result.explained_variance_raw_uncentered == pytest.approx(uncentered.item(), rel=1e-4)
+    assert uncentered > centered + 0.1
+    assert result.explained_variance_raw != pytest.approx(result.explained_variance, rel=1e-2)
+    # Standardised tokens are all of one length, so that the mean of ratios is the ratio of means.
+    assert result.explained_variance_uncentered == pytest.approx(1 - result.norm_mse, rel=1e-5)
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+def test_explained_variances_of_a_route_sae(tiny_hooked, tokens, standardize):
+    sae = route_sae(standardize=standardize)
+    result = evaluate(sae, tiny_hooked, tokens, exclude_special_tokens=False, batch_size=2, progress=False)
+    _, cache = tiny_hooked.run_with_cache(tokens)
+    stack = torch.stack([cache[f"blocks.{i}.hook_resid_post"][:, 1:] for i in (1, 2, 4)], -2)
+    route = sae.route(stack.flatten(-2))
+    z_hat = (sae.decode(sae.encode_routed(route.input)) / route.scale[..., None]).flatten(0, 1).double()
+    layer = route.layer.flatten()
+    x = stack.flatten(0, 1)[torch.arange(len(layer)), layer].double()
+    mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-6
+    if standardize:
+        z, x_hat = (x - mean) / std, z_hat * std + mean
+    else:
+        z, x_hat, z_hat = (x - mean) / std, z_hat, (z_hat - mean) / std
+    assert len(layer.unique()) > 1
+
+    def explained(a, b):
+        rest = sum((a[layer == i] - a[layer == i].mean(0)).pow(2).sum() for i in layer.unique())
+        return 1 - (a - b).pow(2).sum() / rest, 1 - (a - b).pow(2).sum() / a.pow(2).sum()
+
+    expected = [value.item() for value in (*explained(z, z_hat), *explained(x, x_hat))]
+    assert [
+        result.explained_variance,
+        result.explained_variance_uncentered,
+        result.explained_variance_raw,
+        result.explained_variance_raw_uncentered,
+    ] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_mixture_of_layers_is_no_activation_of_the_model(tiny_hooked, tokens):
+    result = evaluate(route_sae("soft"), tiny_hooked, tokens, progress=False)
+    assert result.explained_variance_raw is result.explained_variance_raw_uncentered is None
+    assert result.explained_variance_uncentered < 1
+
+
+def test_sums_lose_nothing_beside_a_large_mean():
+    """Worked by hand: two layers whose deviations are about 1e-4 of their means, in two batches."""
+    sums = LayerSums(2)
+    z = torch.tensor([[1e4, 0.0], [1e4 + 2, 0.0], [5.0, 1e4 - 3], [5.0, 1e4 + 3]])
+    layer, error = torch.tensor([0, 0, 1, 1]), torch.tensor([0.5, 0.5, 1.0, 2.0])
+    for rows in (slice(0, 3), slice(3, 4)):
+        sums.add(z[rows], error[rows], layer[rows])
+    assert sums.count.tolist() == [2, 2]
+    assert sums.variance.tolist() == pytest.approx([2, 18], abs=1e-6)
+    assert sums.explained(sums.variance, every_layer=False) == pytest.approx(1 - 4 / 20, abs=1e-6)
+    assert sums.explained(sums.variance, every_layer=True) == pytest.approx(
+        ((1 - 1 / 2) + (1 - 3 / 18)) / 2, abs=1e-6
+    )
+
+
+def test_spread_of_the_loss_over_sequences(tiny_hooked, tokens):
+    sae = plain_sae()
+    result = evaluate(sae, tiny_hooked, tokens, exclude_special_tokens=False, progress=False)
+    assert result.predicted == 5 * 10
+    alone = [
+        evaluate(sae, tiny_hooked, row[None], exclude_special_tokens=False, progress=False).delta_ce
+        for row in tokens
+    ]
+    alone = torch.tensor(alone, dtype=torch.float64)
+    assert result.delta_ce == pytest.approx(alone.mean().item(), rel=1e-4)
+    assert result.delta_ce_stderr == pytest.approx((alone.std() / 5**0.5).item(), rel=1e-4)
+    # every other token special: nothing that counts predicts anything that counts
+    tokens = torch.tensor([[3, 4, 5, 6, 5, 7, 5, 8]])
+    result = evaluate(sae, tiny_hooked, tokens, exclude_special_tokens=[5], progress=False)
+    assert result.predicted == 0 and math.isnan(result.ce_clean) and result.kl > 0
+
+
+def test_one_row_of_a_table(tiny_hooked, tokens):
+    result = evaluate(route_sae(), tiny_hooked, tokens, progress=False)
+    row = result.row()
+    assert row["kl"] == result.kl and row["explained_variance_raw"] == result.explained_variance_raw
+    assert set(result.to_dict()) - set(row) == {
+        "layer_share",
+        "norm_mse_per_layer",
+        "explained_variance_per_layer",
+    }

@@ -59,6 +59,7 @@ class HandWritten(Subject):
 
     layers = BLOCKS
     point = "point"
+    replaces = ["point"]
 
     def __init__(self):
         self.sae = SimpleNamespace(

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from routesae_lens.saes.authors import from_authors_checkpoint
+from routesae_lens.saes.layers import standardize
 from routesae_lens.saes.route_sae import RouteSAE
-from routesae_lens.saes.router import standardize
 
 LAYERS = [1, 2, 3, 4, 5]  # start_layer 2 ... in hidden states is block 1 ...
 KINDS: dict[str, dict[str, Any]] = {"topk": {"k": 6}, "infer_k2": {"k": 2}, "theta": {"theta": 0.4}}

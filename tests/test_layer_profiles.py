@@ -13,7 +13,7 @@ from spliced import make_sae, ordinary_sae
 from routesae_lens.analysis.layer_profiles import LayerProfiles, _earliest_and_latest, layer_profiles
 from routesae_lens.models import BACKENDS, load_model
 from routesae_lens.saes.crosscoder import CrosscoderTopKSAE, CrosscoderTopKSAEConfig
-from routesae_lens.saes.router import standardize
+from routesae_lens.saes.layers import standardize
 
 BLOCKS = [1, 2, 4]
 

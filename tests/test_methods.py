@@ -52,6 +52,11 @@ EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
     "gated": ("route_gated", {"layers": [4], "l1_coefficient": 0.5}),
     "jumprelu": ("route_jumprelu", {"layers": [4], "l0_coefficient": 0.5}),
     "plain_topk": ("topk", {"k": 4, "normalize_activations": "expected_average_only_in"}),
+    "scope_topk": (
+        "annealed_topk",
+        {"k": 4, "k_anneal_steps": None, "init": "llama_scope", "apply_b_dec_to_input": False},
+    ),
+    "scope_topk_fixed_k": ("annealed_topk", {"k": 4, "k_anneal_steps": 0, "init": "llama_scope"}),
     "mlsae": ("route_topk", {"layers": LAYERS, "routing": "every", "k": 4}),
     "distilled": ("route_topk", {"layers": LAYERS, "routing": "distilled", "k": 4}),
     "distilled_mean": ("route_topk", {"routing": "distilled", "aggregator": "mean"}),

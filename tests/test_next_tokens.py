@@ -23,15 +23,20 @@ def test_as_in_float64_at_once(chunk: int, dtype: torch.dtype, monkeypatch: pyte
     monkeypatch.setitem(next_tokens.CHUNK, "cpu", chunk)
     clean, other = logits(0, dtype), logits(1, dtype)
     log_p, log_q = clean.double().log_softmax(-1), other.double().log_softmax(-1)
-    kl, cross_entropy = NextTokens(clean, TOKENS, KEEP).compare(other)
+    ours = NextTokens(clean, TOKENS, KEEP)
+    kl, losses = ours.compare(other)
     torch.testing.assert_close(kl, (log_p.exp() * (log_p - log_q)).sum(-1), rtol=1e-5, atol=3e-5)
     one_by_one = {
         name: -sum(log_probs[row, pos, TOKENS[row, pos + 1]].item() for row, pos in PREDICTED)
         for name, log_probs in (("clean", log_p), ("other", log_q))
     }
-    ours = NextTokens(clean, TOKENS, KEEP)
     assert ours.predicted == len(PREDICTED)
-    assert cross_entropy == pytest.approx(one_by_one["other"], rel=1e-5)
+    assert sorted(map(tuple, losses.nonzero().tolist())) == PREDICTED
+    for row, pos in PREDICTED:
+        one = -log_q[row, pos, TOKENS[row, pos + 1]].item()
+        assert losses[row, pos].item() == pytest.approx(one, rel=1e-5, abs=1e-5)
+    assert losses.sum().item() == pytest.approx(one_by_one["other"], rel=1e-5)
+    torch.testing.assert_close(ours.losses(other), losses)
     assert ours.clean_cross_entropy == pytest.approx(one_by_one["clean"], rel=1e-5)
     assert ours.cross_entropy(other) == pytest.approx(one_by_one["other"], rel=1e-5)
 

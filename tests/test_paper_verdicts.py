@@ -158,6 +158,7 @@ def test_parameters_are_those_of_the_saes():
     counted = paper_claims.count_parameters(8, 40, 3)
     for method, name in (("route", "route"), ("topk", "topk"), ("crosscoder_topk", "crosscoder")):
         config = make_config(method, None, [1, 2, 3], 40, 4, 0)
+        config.d_in = 8 * len(config.layers)
         sae = get_sae_training_class(config.architecture())[0](config)
         # (a RouteSAE over one layer has a router, too, that decides nothing)
         used = [tensor for key, tensor in sae.named_parameters() if (key, method) != ("W_router", "topk")]

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from routesae_lens.saes.architectures import RouteTopKSAE, RouteTopKSAEConfig
-from routesae_lens.saes.router import AGGREGATORS, EPS, ROUTINGS, standardize, uniform_layers
+from routesae_lens.saes.layers import EPS, standardize
+from routesae_lens.saes.router import AGGREGATORS, ROUTINGS, uniform_layers
 
 N_LAYERS, D_MODEL = 4, 12
 LAYERS = [2, 3, 5, 8]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import DEVICE, QUICK, Compare, model_name, tokens_of
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import routesae_lens as rl
 
@@ -64,6 +66,55 @@ def test_backends(compare: Compare, load: Any, backend: str):
     )
     row["tokens_per_s"] = tokens.numel() / row["seconds"]
     row["reference_tokens_per_s"] = tokens.numel() / row["reference_seconds"]
+
+
+FAMILIES: dict[str, dict[str, int]] = {
+    "gpt2": {"n_layer": 8, "n_embd": 512, "n_head": 8},
+    "gpt_neox": {"intermediate_size": 2048},
+    "opt": {"ffn_dim": 2048, "word_embed_proj_dim": 512},
+    "qwen2": {"intermediate_size": 1536, "num_key_value_heads": 2},
+    "qwen3": {"intermediate_size": 1536, "num_key_value_heads": 2, "head_dim": 64},
+    "mistral": {"intermediate_size": 1536, "num_key_value_heads": 2},
+    "gemma2": {"intermediate_size": 1536, "num_key_value_heads": 2, "head_dim": 64},
+    "gemma3_text": {"intermediate_size": 1536, "num_key_value_heads": 2, "head_dim": 64},
+}
+"""Architectures with what their eight blocks of d 512 need beside :data:`SHAPE`; weights are random."""
+SHAPE = {"num_hidden_layers": 8, "hidden_size": 512, "num_attention_heads": 8}
+
+
+@pytest.fixture
+def load_family(small_folder: Path, tmp_path: Path) -> Callable[[str, str], Any]:
+    """``load_family(family, backend)``: with the tokenizer of the small Llama."""
+
+    def loaded(family: str, backend: str) -> Any:
+        folder = tmp_path / family
+        if not folder.exists():
+            tokenizer = AutoTokenizer.from_pretrained(small_folder)
+            sizes = FAMILIES[family] | ({} if family == "gpt2" else SHAPE)
+            special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.bos_token_id)
+            torch.manual_seed(0)
+            config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **sizes, **special)
+            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        return rl.load_model(folder, backend, device=DEVICE).eval()
+
+    return loaded
+
+
+@pytest.mark.parametrize("family", list(FAMILIES)[: 1 if QUICK else None])
+def test_families(compare: Compare, load_family: Any, family: str):
+    """Of the backends that read a folder of any architecture; HookedTransformer reads Llama's alone."""
+    models = {backend: load_family(family, backend) for backend in ("bridge", "huggingface")}
+    tokens = tokens_of(models["bridge"])
+    compare(
+        stopped(models["bridge"], tokens, 5),
+        stopped(models["huggingface"], tokens, 5),
+        group="Backends",
+        name=f"bridge, {family}",
+        unit="the stopped forward of huggingface",
+        size=f"random weights, 8 blocks of d 512, up to block 5, {tokens.numel()} tokens",
+        rounds=3 if QUICK else 11,
+    )
 
 
 def route_sae(model: Any, width: int) -> Any:

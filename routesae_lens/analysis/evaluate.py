@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from sae_lens import SAE
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from sae_lens.training.prefetch import PrefetchingIterator
@@ -94,13 +94,12 @@ def evaluate_all(
         assert batch.logits is not None
         ids, keep = batch.tokens, batch.keep
         clean = NextTokens(batch.logits, ids, keep)
-        rerun = partial(_rerun, model, ids, prefix)
+        rerun = partial(logits_with_hooks, model, ids, prefix)
         zeroed = _ZeroPasses(rerun, clean)
         for name, subject in subjects.items():
             tally, reading = tallies[name], batch.read(subject)
             tally.add_reading(reading, keep)
-            tally.add_clean(clean)
-            tally.add_spliced(clean, rerun(subject.splice(reading, keep, scale_by_p)))
+            tally.add_spliced(clean, clean.compare(rerun(subject.splice(reading, keep, scale_by_p))))
             if zero_ablation:
                 tally.add_zeroed(zeroed(subject, reading, keep))
             if unscaled and scale_by_p and subject.scaled:
@@ -228,8 +227,14 @@ class _ZeroPasses:
         return total
 
 
-def _rerun(model: Any, tokens: Tensor, prefix: SharedPrefix, hooks: list[tuple[str, Hook]]) -> Tensor:
-    """Logits of the batch that ``prefix`` recorded last, with hooks."""
+def logits_with_hooks(
+    model: Any, tokens: Int[Tensor, "batch pos"], prefix: SharedPrefix, hooks: list[tuple[str, Hook]]
+) -> Float[Tensor, "batch pos vocab"]:
+    """Logits of the batch that ``prefix`` recorded last, with hooks.
+
+    Raises:
+        RuntimeError: a hook that never fired.
+    """
     fired: set[str] = set()
 
     def watched(name: str, fn: Hook) -> Hook:

@@ -15,8 +15,8 @@ from torch import Tensor
 from routesae_lens.analysis.stream import read_batches, subjects_of
 from routesae_lens.hook_points import mount_layers, split_layers
 from routesae_lens.saes.crosscoder import Crosscoder
+from routesae_lens.saes.layers import standardize
 from routesae_lens.saes.route_sae import RouteSAE
-from routesae_lens.saes.router import standardize
 
 
 @dataclass

@@ -48,12 +48,13 @@ class NextTokens:
         self.logits, self.tokens, self.keep = logits, tokens, keep
         both = torch.zeros_like(keep)
         both[:, :-1] = keep[:, :-1] & keep[:, 1:]
-        self._predicts = both.flatten()
+        self.predicts = both
         """Positions that count and whose next token counts."""
         self._next = tokens.roll(-1, dims=1).flatten()
         self.predicted = int(both.sum())
         """Number of tokens in :meth:`cross_entropy`."""
-        self.clean_cross_entropy = self.cross_entropy(logits)
+        self.clean_losses = self.losses(logits)
+        self.clean_cross_entropy = self.clean_losses.sum().item()
 
     def kl(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, "batch pos"]:
         """KL(clean || other) at every position, in nats, float64."""
@@ -61,20 +62,32 @@ class NextTokens:
 
     def cross_entropy(self, logits: Float[Tensor, "batch pos vocab"]) -> float:
         """Next-token cross-entropy in nats, summed where both the token and the predicted one count."""
-        return sum(self._cross_entropy(rows, log_probs) for rows, log_probs in self._chunks(logits))
+        return self.losses(logits).sum().item()
 
-    def compare(self, logits: Float[Tensor, "batch pos vocab"]) -> tuple[Float[Tensor, "batch pos"], float]:
-        """:meth:`kl` and :meth:`cross_entropy` of other logits, in one go."""
-        kl, cross_entropy = torch.empty(self.tokens.numel(), dtype=torch.float64, device=logits.device), 0.0
+    def losses(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, "batch pos"]:
+        """What the token after each position costs, in nats, float64; 0 where it or the position does not count."""
+        losses = self._empty(logits)
+        for rows, log_probs in self._chunks(logits):
+            losses[rows] = self._losses(rows, log_probs)
+        return losses.reshape(self.tokens.shape)
+
+    def compare(
+        self, logits: Float[Tensor, "batch pos vocab"]
+    ) -> tuple[Float[Tensor, "batch pos"], Float[Tensor, "batch pos"]]:
+        """:meth:`kl` and :meth:`losses` of other logits, in one go."""
+        kl, losses = self._empty(logits), self._empty(logits)
         for (rows, ours), (_, theirs) in zip(self._chunks(self.logits), self._chunks(logits), strict=True):
-            cross_entropy += self._cross_entropy(rows, theirs)
+            losses[rows] = self._losses(rows, theirs)
             gap = torch.sub(ours, theirs, out=theirs)
             kl[rows] = torch.einsum("pv,pv->p", ours.exp_(), gap).double()
-        return kl.reshape(self.tokens.shape), cross_entropy
+        return kl.reshape(self.tokens.shape), losses.reshape(self.tokens.shape)
 
-    def _cross_entropy(self, rows: slice, log_probs: Float[Tensor, "row vocab"]) -> float:
-        chosen = log_probs.gather(-1, self._next[rows, None]).squeeze(-1)
-        return -chosen[self._predicts[rows]].double().sum().item()
+    def _empty(self, logits: Tensor) -> Float[Tensor, " row"]:
+        return torch.empty(self.tokens.numel(), dtype=torch.float64, device=logits.device)
+
+    def _losses(self, rows: slice, log_probs: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
+        chosen = log_probs.gather(-1, self._next[rows, None]).squeeze(-1).double()
+        return (-chosen).where(self.predicts.flatten()[rows], 0.0)
 
     def _chunks(self, logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Rows of the flattened positions, and their log-probabilities in float32."""

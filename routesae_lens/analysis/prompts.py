@@ -1,13 +1,18 @@
-"""Prompts as token ids: texts, and chats through the tokenizer's template."""
+"""Prompts as token ids: texts, and chats through the tokenizer's template; whole conversations to evaluate on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
 from jaxtyping import Int
+from sae_lens.util import get_special_token_ids
 from torch import Tensor
+
+from routesae_lens.analysis.stream import check_context
 
 Prompt = str | Sequence[Mapping[str, str]]
 """A text, or the turns of a chat: ``[{"role": "user", "content": "Hello"}]``."""
@@ -57,32 +62,126 @@ def _text_tokens(model: Any, text: str, number: int) -> list[int]:
     return model.to_tokens(text, prepend_bos=False if has_one else None, truncate=False)[0].tolist()
 
 
-def _chat_tokens(tokenizer: Any, turns: Any, number: int) -> list[int]:
+@dataclass(frozen=True)
+class Conversations:
+    """Conversations as ``evaluate`` reads them: one a row, ``evaluate(sae, model, c.tokens, c.exclude)`` in effect.
+
+    Rows are filled up on the right, where nothing that counts can attend to the filling.
+    """
+
+    tokens: Int[Tensor, "conversation pos"] = field(repr=False)
+    exclude: list[int] = field(repr=False)
+    """For ``exclude_special_tokens``: every special token of the tokenizer, those that only the template writes
+    and the filling included. SAELens' own list, which ``True`` stands for, names BOS, EOS, padding and the like, and
+    leaves in the template's others, such as the one that begins a turn."""
+    truncated: int
+    """Conversations that were longer than ``context_size`` and lost their end."""
+    filling: int
+    """Positions that only fill up a row."""
+
+    def to_dict(self) -> dict[str, int]:
+        """Counts, ready for JSON."""
+        return {
+            "conversations": len(self.tokens),
+            "tokens": self.tokens.numel() - self.filling,
+            "truncated": self.truncated,
+        }
+
+
+def conversation_tokens(
+    model: Any,
+    conversations: Iterable[Prompt],
+    *,
+    context_size: int,
+    n_conversations: int | None = None,
+    request: str = "Write a text.",
+) -> Conversations:
+    """Finished conversations through the tokenizer's chat template (Llama Scope, 4.5.2).
+
+    Args:
+        model: its tokenizer has the template.
+        conversations: the turns of a chat each, or a plain text, which becomes the assistant's answer to
+            ``request``.
+        context_size: longest row; what a conversation has beyond is left out.
+        n_conversations: take so many of them; all by default.
+        request: what the user asks where a plain text is the answer.
+
+    Raises:
+        ValueError: a model without tokenizer, a tokenizer without template (it is named) or without any token to fill
+            rows up with, a ``context_size`` beyond the model's, fewer conversations than asked for, or
+            turns that are none or that the template refuses.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise ValueError("the model has no tokenizer: conversations cannot be read")
+    if getattr(tokenizer, "chat_template", None) is None:
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        raise ValueError(
+            f"the tokenizer {name!r} has no chat template: use that of an instruct model, or set "
+            "tokenizer.chat_template"
+        )
+    if context_size < 2:
+        raise ValueError(f"context_size must be 2 or more, got {context_size}")
+    if n_conversations is not None and n_conversations < 1:
+        raise ValueError(f"n_conversations must be 1 or more, got {n_conversations}")
+    check_context(context_size, model)
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
+    filling = next((token for token in ids if token is not None), None)
+    if filling is None:
+        raise ValueError(
+            "the tokenizer has no padding, EOS or BOS token to fill rows up with; set its pad_token"
+        )
+    if isinstance(conversations, str | Mapping):
+        raise ValueError(f"expected a list of conversations, got {type(conversations).__name__}")
+    rows, truncated = [], 0
+    for number, turns in enumerate(islice(conversations, n_conversations)):
+        if isinstance(turns, str):
+            turns = [{"role": "user", "content": request}, {"role": "assistant", "content": turns}]
+        row = _chat_tokens(tokenizer, turns, number, what="conversation", answer_next=False)
+        truncated += len(row) > context_size
+        rows.append(row[:context_size])
+    if len(rows) < (n_conversations or 1):
+        raise ValueError(
+            f"{len(rows)} conversations were given, {n_conversations or 1} or more are asked for"
+        )
+    longest = max(2, *map(len, rows))
+    tokens = torch.full((len(rows), longest), filling)
+    for row, into in zip(rows, tokens, strict=True):
+        into[: len(row)] = torch.tensor(row)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {i for i, token in added.items() if getattr(token, "special", False)}
+    special |= {*tokenizer.all_special_ids, *get_special_token_ids(tokenizer)}
+    return Conversations(tokens, sorted(special), truncated, tokens.numel() - sum(map(len, rows)))
+
+
+def _chat_tokens(
+    tokenizer: Any, turns: Any, number: int, *, what: str = "prompt", answer_next: bool = True
+) -> list[int]:
     from jinja2 import TemplateError
 
     if not isinstance(turns, Sequence) or not turns:
-        raise ValueError(f"prompt {number}: expected a text or the turns of a chat, got {turns!r}")
+        raise ValueError(f"{what} {number}: expected a text or the turns of a chat, got {turns!r}")
     for turn in turns:
         if not isinstance(turn, Mapping) or not all(
             isinstance(turn.get(key), str) for key in ("role", "content")
         ):
             raise ValueError(
-                f'prompt {number}: expected turns such as {{"role": "user", "content": "Hello"}}, got {turn!r}'
+                f'{what} {number}: expected turns such as {{"role": "user", "content": "Hello"}}, got {turn!r}'
             )
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
-            f"prompt {number} is a chat, and this model's tokenizer has no chat template: give a text"
+            f"{what} {number} is a chat, and this model's tokenizer has no chat template: give a text"
         )
     try:
         rendered = tokenizer.apply_chat_template(
-            [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=True
+            [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=answer_next
         )
     except TemplateError as error:
         raise ValueError(
-            f"prompt {number}: the chat template refuses these turns: {error.message}"
+            f"{what} {number}: the chat template refuses these turns: {error.message}"
         ) from error
     # The template writes the special tokens itself.
     ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
     if not ids:
-        raise ValueError(f"prompt {number} is empty once rendered by the chat template")
+        raise ValueError(f"{what} {number} is empty once rendered by the chat template")
     return ids

@@ -155,13 +155,19 @@ def check_tokens(tokens: Tensor, model: Any) -> None:
         )
     cfg = getattr(model, "cfg", None) or model.model.config
     vocabulary = getattr(cfg, "d_vocab", None) or cfg.vocab_size
-    context = getattr(cfg, "n_ctx", None) or cfg.max_position_embeddings
     if int(tokens.max()) >= vocabulary or int(tokens.min()) < 0:
         raise ValueError(
             f"token ids must be between 0 and {vocabulary - 1}, got {int(tokens.min())} to {int(tokens.max())}"
         )
-    if tokens.shape[1] > context:
-        raise ValueError(f"sequences of {tokens.shape[1]} tokens exceed the model's context of {context}")
+    check_context(tokens.shape[1], model)
+
+
+def check_context(length: int, model: Any) -> None:
+    """Raise a ValueError if the model cannot read sequences of ``length`` tokens."""
+    cfg = getattr(model, "cfg", None) or model.model.config
+    context = getattr(cfg, "n_ctx", None) or cfg.max_position_embeddings
+    if length > context:
+        raise ValueError(f"sequences of {length} tokens exceed the model's context of {context}")
 
 
 def _special_ids(tokens: Tensor, model: Any, exclude: bool | list[int]) -> Tensor:

@@ -9,14 +9,16 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
-from sae_lens import SAE, TrainingSAE
+from sae_lens import SAE, TrainingSAE, Transcoder
 from torch import Tensor
 
-from routesae_lens.hook_points import SITES, join_layers, layer_hook_name, split_layers
+from routesae_lens.hook_points import SITES, join_layers, layer_hook_name, mount_sites, split_layers
 from routesae_lens.saes.crosscoder import Crosscoder
 from routesae_lens.saes.fast_topk import Latents, decode_fast, encode_fast
+from routesae_lens.saes.layers import standardize
 from routesae_lens.saes.route_sae import RouteSAE, inference_form
-from routesae_lens.saes.router import Route, standardize
+from routesae_lens.saes.router import Route
+from routesae_lens.saes.topk_function import TopKCode
 from routesae_lens.splice.replace import (
     Hook,
     check_device,
@@ -41,11 +43,14 @@ class Reading:
     """The layer each token is read at, as an index into ``Subject.layers``. For a Crosscoder the last one,
     where the stack is complete: counts by layer made from it say nothing then (see ``every_layer``)."""
     x: Float[Tensor, "batch pos read"]
-    """The activation that the splice replaces."""
+    """The activation that the splice replaces; for a transcoder the one it reads."""
     original: Float[Tensor, "batch pos read"]
     """What the SAE reconstructs, unscaled; ``x`` standardised, or the mixture of soft and top-2 routing."""
     every_layer: bool = False
     """Whether each token is read at every layer at once, and reconstructed there (a Crosscoder)."""
+    target: Float[Tensor, "batch pos read"] | None = None
+    """The model's own activation of which ``original`` is the standardised form; None where there is no such
+    one (mixtures of layers)."""
 
 
 @runtime_checkable
@@ -62,6 +67,10 @@ class Subject(Protocol):
         ...
 
     def read(self, activation: Tensor, draw: int) -> Reading: ...
+    def encode(self, reading: Reading, keep: Tensor) -> TopKCode | Tensor:
+        """Latents of the kept tokens, dense or sparse (see ``fast_topk.encode_fast``)."""
+        ...
+
     def autoencode(self, reading: Reading, keep: Tensor) -> tuple[Latents, Tensor]:
         """Latents and reconstruction of the kept tokens, the latter comparable with ``reading.original``."""
         ...
@@ -82,6 +91,8 @@ def subject_of(sae: Any, model: Any) -> Subject:
         return _RoutedSubject(sae, model)
     if isinstance(sae, Crosscoder):
         return CrosscoderSubject(sae, model)
+    if isinstance(sae, Transcoder):
+        return _TranscoderSubject(sae, model)
     if isinstance(sae, SAE):
         return _PlainSubject(sae, model)
     raise ValueError(f"expected a RouteSAE, a Crosscoder or a SAELens SAE, got {type(sae).__name__}")
@@ -108,11 +119,17 @@ class _RoutedSubject:
         layers = split_layers(activation, len(self.layers))
         index = route.layer[..., None, None].expand(*route.layer.shape, 1, layers.shape[-1])
         x = layers.gather(-2, index).squeeze(-2)
-        return Reading(route, route.layer, x, route.input if self.mixed else standardize(x).x)
+        if self.mixed:
+            return Reading(route, route.layer, x, route.input)
+        return Reading(route, route.layer, x, standardize(x).x, target=x)
+
+    def encode(self, reading: Reading, keep: Tensor) -> TopKCode | Tensor:
+        assert reading.route is not None
+        return encode_fast(self.sae, reading.route.input[keep], self.sae.encode_routed)
 
     def autoencode(self, reading: Reading, keep: Tensor) -> tuple[Latents, Tensor]:
         assert reading.route is not None
-        code = encode_fast(self.sae, reading.route.input[keep], self.sae.encode_routed)
+        code = self.encode(reading, keep)
         latents, out = Latents.of(code), decode_fast(self.sae, code)
         if self.mixed:
             return latents, out
@@ -166,14 +183,17 @@ class CrosscoderSubject:
     def read(self, activation: Tensor, draw: int) -> Reading:
         layers = split_layers(activation, len(self.layers))
         last = torch.full(activation.shape[:-1], len(self.layers) - 1, device=activation.device)
-        return Reading(None, last, activation, join_layers(standardize(layers).x), every_layer=True)
+        original = join_layers(standardize(layers).x)
+        return Reading(None, last, activation, original, every_layer=True, target=activation)
+
+    def encode(self, reading: Reading, keep: Tensor) -> TopKCode | Tensor:
+        return encode_stack(self.sae, kept_rows(reading.x, keep))
 
     def autoencode(self, reading: Reading, keep: Tensor) -> tuple[Latents, Tensor]:
-        stack = kept_rows(reading.x, keep)
-        code = encode_stack(self.sae, stack)
+        code = self.encode(reading, keep)
         out = split_layers(decode_fast(self.sae, code), len(self.layers))
         if not self.sae.cfg.standardize:  # the SAE lives in the model's space; compare standardised
-            stats = standardize(split_layers(stack, len(self.layers)))
+            stats = standardize(split_layers(reading.x[keep], len(self.layers)))
             out = (out - stats.mean) / stats.std
         return Latents.of(code), join_layers(out)
 
@@ -217,10 +237,13 @@ class _PlainSubject:
                 f"{tuple(activation.shape)}"
             )
         layer = torch.zeros(activation.shape[:-1], dtype=torch.long, device=activation.device)
-        return Reading(None, layer, activation, standardize(activation).x)
+        return Reading(None, layer, activation, standardize(activation).x, target=activation)
+
+    def encode(self, reading: Reading, keep: Tensor) -> TopKCode | Tensor:
+        return encode_fast(self.sae, reading.x[keep], self.sae.encode)
 
     def autoencode(self, reading: Reading, keep: Tensor) -> tuple[Latents, Tensor]:
-        code = encode_fast(self.sae, reading.x[keep], self.sae.encode)
+        code = self.encode(reading, keep)
         stats = standardize(reading.x[keep])
         return Latents.of(code), (decode_fast(self.sae, code) - stats.mean) / stats.std
 
@@ -233,3 +256,59 @@ class _PlainSubject:
 
     def zero(self, reading: Reading, keep: Tensor) -> list[tuple[str, Hook]]:
         return [(self.point, lambda x, hook=None: x.masked_fill(keep[..., None], 0.0))]
+
+
+class _TranscoderSubject:
+    """A SAELens transcoder: predicts one site of a block from another, and replaces what it predicts.
+
+    With a skip connection its part belongs to the prediction. (SAELens' ``add_sae`` leaves it out: it calls
+    ``encode`` and ``decode``, and the skip connection is in ``forward``.)
+    """
+
+    scaled = False
+    splice_label = "prediction in place of what it predicts"
+
+    def __init__(self, sae: Transcoder, model: Any):
+        self.sae: Any = sae
+        metadata = sae.cfg.metadata
+        names = [metadata.hook_name, metadata.hook_name_out]
+        places = [re.fullmatch(r"blocks\.(\d+)\.(.+)", str(name)) for name in names]
+        if places[0] is None or places[1] is None or places[0][1] != places[1][1]:
+            raise ValueError(
+                "expected a transcoder between two TransformerLens hooks of one block, got hook_name="
+                f"{names[0]!r} and hook_name_out={names[1]!r}"
+            )
+        layer = int(places[0][1])
+        self.point = mount_sites(model, layer, places[0][2], places[1][2])
+        self.layers, self.replaces = [layer], [layer_hook_name(model, layer, places[1][2])]
+
+    def read(self, activation: Tensor, draw: int) -> Reading:
+        d_in, d_out = self.sae.cfg.d_in, self.sae.cfg.d_out
+        if activation.shape[-1] != d_in + d_out:
+            raise ValueError(
+                f"this transcoder reads {d_in} values and predicts {d_out}; {self.point} has "
+                f"{activation.shape[-1]} together"
+            )
+        read, out = activation.split([d_in, d_out], dim=-1)
+        layer = torch.zeros(activation.shape[:-1], dtype=torch.long, device=activation.device)
+        return Reading(None, layer, read, standardize(out).x, target=out)
+
+    def encode(self, reading: Reading, keep: Tensor) -> TopKCode | Tensor:
+        return encode_fast(self.sae, reading.x[keep], self.sae.encode)
+
+    def autoencode(self, reading: Reading, keep: Tensor) -> tuple[Latents, Tensor]:
+        assert reading.target is not None
+        out, latents = self.sae.forward_with_activations(reading.x[keep].to(self.sae.dtype))
+        stats = standardize(reading.target[keep])
+        return Latents.of(latents), (out - stats.mean) / stats.std
+
+    def splice(self, reading: Reading, keep: Tensor, scale_by_p: bool) -> list[tuple[str, Hook]]:
+        out = self.sae(reading.x[keep].to(self.sae.dtype))
+
+        def hook(x: Tensor, hook: Any = None) -> Tensor:
+            return x.index_put((keep,), out.to(x.dtype))
+
+        return [(self.replaces[0], hook)]
+
+    def zero(self, reading: Reading, keep: Tensor) -> list[tuple[str, Hook]]:
+        return [(self.replaces[0], lambda x, hook=None: x.masked_fill(keep[..., None], 0.0))]

@@ -7,11 +7,14 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from routesae_lens.cli.shared import DATA, MODEL, RUN, SAE, Counted, one_line_errors
+
+if TYPE_CHECKING:
+    from routesae_lens.training.presets import Preset
 
 
 def train(
@@ -137,23 +140,39 @@ def train(
         int, typer.Option(help="Batches prepared ahead in a background thread.", rich_help_panel=DATA)
     ] = 0,
     exclude_special_tokens: Annotated[
-        bool, typer.Option(help="Train on no special tokens.", rich_help_panel=DATA)
-    ] = True,
+        bool | None,
+        typer.Option(help="Train on no special tokens; true by default.", rich_help_panel=DATA),
+    ] = None,
     exclude_first_position: Annotated[
-        bool, typer.Option(help="Train on no token at position 0.", rich_help_panel=DATA)
-    ] = True,
-    lr: Annotated[float, typer.Option(help="Learning rate of Adam.", rich_help_panel=RUN)] = 5e-4,
-    schedule: Annotated[
+        bool | None,
+        typer.Option(help="Train on no token at position 0; true by default.", rich_help_panel=DATA),
+    ] = None,
+    preset: Annotated[
         str,
-        typer.Option(help="paper (5 % warm-up, 75 % constant, 20 % decay) or constant.", rich_help_panel=RUN),
-    ] = "paper",
-    unit_norm_every: Annotated[
-        int,
         typer.Option(
-            help="Set decoder norms to 1 every so many steps (the authors: 10); 0: never.",
+            help="Recipe: paper (RouteSAE's) or llama_scope (K-annealing, initialisation, input scale, lr 8e-4 "
+            "and its schedule; for TopK architectures). What is given explicitly wins.",
             rich_help_panel=RUN,
         ),
-    ] = 0,
+    ] = "paper",
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Learning rate of Adam; the preset's (paper: 5e-4).", rich_help_panel=RUN),
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="paper (5 % warm-up, 75 % constant, 20 % decay), llama_scope or constant; the preset's.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    unit_norm_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Set decoder norms to 1 every so many steps (the authors: 10); 0: never, as by default.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     seed: Annotated[
         int, typer.Option(help="Of weights, shuffling and random routes.", rich_help_panel=RUN)
     ] = 0,
@@ -220,11 +239,20 @@ def train(
     from routesae_lens.models import load_model
     from routesae_lens.training.data import is_tokenized, load_text
     from routesae_lens.training.interruption import TrainingInterrupted
-    from routesae_lens.training.preflight import check_numbers, check_output
+    from routesae_lens.training.methods import TRIAL_D_MODEL
+    from routesae_lens.training.preflight import check_numbers, check_output, fit_to_run
+    from routesae_lens.training.presets import find_preset
     from routesae_lens.training.train import train as run
 
     with one_line_errors(debug):
         blocks = None if layers is None else parse_layers(layers)
+        recipe = find_preset(preset)
+        given = {
+            **{"lr": lr, "schedule": schedule, "unit_norm_every": unit_norm_every},
+            "exclude_special_tokens": exclude_special_tokens,
+            "exclude_first_position": exclude_first_position,
+        }
+        settings = recipe.settings(**{name: value for name, value in given.items() if value is not None})
         options = {
             "site": site,
             "routing": routing,
@@ -244,14 +272,17 @@ def train(
             typer.echo(f"nothing to resume in {output}: starting from the beginning", err=True)
         # Once without the model, which may take long to load, for what can be wrong without it.
         trial = blocks or [fixed_layer or 0]
-        _config(
+        early = _config(
             architecture,
-            lambda cls, **given: cls(d_in=8 * len(trial), layers=trial, **given),
-            d_sae or 8 * max(k, 8),
+            lambda cls, **given: cls(d_in=TRIAL_D_MODEL * len(trial), layers=trial, **given),
+            d_sae or 2**30,
             k,
             options,
+            recipe,
         )
-        check_numbers(tokens, batch_size, context_size, buffer_tokens, lr, schedule, None, buffer_dtype)
+        sizes = (tokens, batch_size, context_size, buffer_tokens)
+        check_numbers(*sizes, settings["lr"], settings["schedule"], None, buffer_dtype)
+        fit_to_run({architecture: early}, tokens // batch_size, settings["unit_norm_every"])
         loaded = load_model(
             model, backend=backend, device=device, dtype=dtype, attn_implementation=attn_implementation
         )
@@ -261,6 +292,7 @@ def train(
             d_sae or 8 * backend_of(loaded).d_model,
             k,
             options,
+            recipe,
         )
         evaluator = None
         if eval_sequences and not is_tokenized(held_out):
@@ -288,12 +320,8 @@ def train(
                 buffer_device=buffer_device,
                 autocast_lm=autocast_lm,
                 check_memory=check_memory,
-                lr=lr,
-                schedule=schedule,
-                unit_norm_every=unit_norm_every,
+                **settings,
                 seed=seed,
-                exclude_special_tokens=exclude_special_tokens,
-                exclude_first_position=exclude_first_position,
                 evaluator=evaluator,
                 eval_every=eval_every,
                 log_every=log_every,
@@ -329,8 +357,10 @@ def _parse_options(pairs: list[str]) -> dict[str, Any]:
     return options
 
 
-def _config(architecture: str, build: Callable[..., Any], d_sae: int, k: int, options: dict[str, Any]) -> Any:
-    """The SAE's config; ``build(config class, **fields)`` supplies layers and d_in."""
+def _config(
+    architecture: str, build: Callable[..., Any], d_sae: int, k: int, options: dict[str, Any], preset: Preset
+) -> Any:
+    """The SAE's config; ``build(config class, **fields)`` supplies layers and d_in. ``options`` win over ``preset``."""
     from dataclasses import fields
 
     from routesae_lens.saes.architectures import ROUTE_ARCHITECTURES
@@ -360,6 +390,7 @@ def _config(architecture: str, build: Callable[..., Any], d_sae: int, k: int, op
         raise ValueError(
             f"{architecture} takes no --sae-option {', '.join(sorted(unknown))}; it takes: {', '.join(sorted(known))}"
         )
+    options = preset.fields_of(config, **options)
     if "k" in known:
         options = {"k": float(k) if known["k"].type in (float, "float") else k} | options
     if "matryoshka_widths" in known:

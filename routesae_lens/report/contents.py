@@ -14,6 +14,7 @@ import pandas as pd
 
 from routesae_lens.analysis.feature_set import FeatureSet
 from routesae_lens.analysis.routing import training_shares
+from routesae_lens.report.geometry_record import GeometryRecord
 from routesae_lens.report.interpretations import Interpretations
 from routesae_lens.report.neighbours import nearest_features
 from routesae_lens.report.steering_examples import SteeringExamples
@@ -64,6 +65,7 @@ class ReportContents:
     """Nearest latents of each feature and the cosine of their decoder directions."""
     interpretations: Interpretations | None = None
     steering: SteeringExamples = field(default_factory=SteeringExamples)
+    geometry: GeometryRecord = field(default_factory=GeometryRecord)
 
 
 def gather(
@@ -141,6 +143,7 @@ def gather(
         neighbours=near,
         interpretations=judged,
         steering=SteeringExamples.find(folder, sae),
+        geometry=GeometryRecord.find(folder, sae),
     )
 
 

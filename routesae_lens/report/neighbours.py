@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from jaxtyping import Bool, Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from routesae_lens.analysis.feature_set import FeatureSet
+from routesae_lens.analysis.geometry import nearest_within
 
 WEIGHTS = "sae_weights.safetensors"
-ROWS_AT_ONCE = 512
-"""Similarities are computed for so many features at a time: memory is this times d_sae."""
 
 
 def nearest_features(folder: Path, features: FeatureSet, n: int) -> dict[int, list[tuple[int, float]]]:
@@ -37,28 +35,24 @@ def nearest_features(folder: Path, features: FeatureSet, n: int) -> dict[int, li
     if len(W_dec) != width:
         raise ValueError(f"{path} has {len(W_dec)} latents, the features are of an SAE with {width}")
     ids = [feature.id for feature in features.features]
-    return nearest_by_cosine(W_dec, ids, features.firing_frequency > 0, n)
+    try:
+        return nearest_by_cosine(W_dec, ids, features.firing_frequency > 0, n) if ids else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def nearest_by_cosine(
     W_dec: Float[Tensor, "d_sae d_out"], ids: Sequence[int], among: Bool[Tensor, " d_sae"], n: int
 ) -> dict[int, list[tuple[int, float]]]:
-    """The ``n`` other latents with the highest cosine to each of ``ids``, highest first; of equal ones any.
+    """``nearest_within`` as the page takes it: latent and cosine of each neighbour, by the latent they belong to.
 
     Args:
         W_dec: decoder directions, all layers of a Crosscoder together.
         ids: latents whose neighbours are looked for.
         among: latents that may be neighbours.
     """
-    directions = torch.nn.functional.normalize(W_dec, dim=-1)
-    found: dict[int, list[tuple[int, float]]] = {}
-    for rows in torch.tensor(list(ids), dtype=torch.long).split(ROWS_AT_ONCE):
-        cosines = directions[rows] @ directions.T
-        cosines[:, ~among] = -torch.inf
-        cosines[torch.arange(len(rows)), rows] = -torch.inf
-        values, latents = cosines.topk(min(n, len(directions)), dim=-1)
-        for latent, near, cosine in zip(rows.tolist(), latents.tolist(), values.tolist(), strict=True):
-            found[latent] = [
-                (other, value) for other, value in zip(near, cosine, strict=True) if value > -torch.inf
-            ]
-    return found
+    near = nearest_within(W_dec, n, latents=ids, among=among)
+    return {
+        latent: [(other, cosine) for other, cosine in zip(others, cosines, strict=True) if other >= 0]
+        for latent, others, cosines in zip(ids, near.latents.tolist(), near.cosines.tolist(), strict=True)
+    }

@@ -205,7 +205,51 @@ def _figures(contents: ReportContents) -> list[dict[str, Any]]:
         sections.append(
             {"id": "sparsity", "title": title, "drawn": [{"svg": drawing, "table": table, "title": title}]}
         )
+    if drawn := _geometry(contents):
+        sections.append({"id": "geometry", "title": "Geometry", "drawn": drawn})
     return sections
+
+
+def _geometry(contents: ReportContents) -> list[dict[str, Any]]:
+    from routesae_lens.report import geometry_plots as plots
+
+    drawn = []
+    for i, one in enumerate(contents.geometry.distributions):
+        first, second = map(visible, one.names)
+        frame = pd.DataFrame({"cosine": one.cosine, first: one.share})
+        frame["random dictionaries, mean"] = [
+            sum(shares) / len(shares) for shares in zip(*one.random, strict=True)
+        ]
+        shown = frame[frame["cosine"] >= plots.left_edge(one)]
+        split = sum(latents for n, latents in one.at_random.children.items() if n > 1)
+        note = (
+            f"Of the {_count(one.widths[0] - one.dead[0])} latents of {first}, "
+            f"{one.at_random.new:.1%} have no match in {second} at a cosine of {one.at_random.threshold:.3f}, which "
+            f"{one.quantile:.0%} of the best matches between random dictionaries stay below"
+        )
+        if one.bound < 1:
+            note += f"; {one.at_bound.new:.1%} have none at the bound of {one.bound:.3f}"
+        note += f". {_count(split)} of the {_count(one.widths[1])} latents of {second} are the match of two or more."
+        if any(one.dead):
+            note += f" Left out without a direction: {_count(one.dead[0])} and {_count(one.dead[1])}."
+        svg = plots.matches_svg(one, f"geometry-matches-{i}")
+        title = f"Best matches of {first} in {second}"
+        drawn.append({"svg": svg, "table": _table(_few(shown)), "title": title, "note": note})
+    judged = contents.interpretations.features if contents.interpretations else {}
+    for i, found in enumerate(contents.geometry.maps):
+        rows = []
+        for point in found.points:
+            told = judged.get(point.latent) if point.dictionary == contents.sae else None
+            row = {"dictionary": point.dictionary, "latent": point.latent, "cosine": point.cosine}
+            rows.append(row | ({"explanation": told.explanation if told else ""} if judged else {}))
+        note = (
+            f"The ringed latent and those nearest to it in each dictionary. Any two of the {len(rows)} have a "
+            f"cosine of {found.smallest_cosine:.3f} or more. Distances on the map are UMAP's, not cosines."
+        )
+        title = f"Latents near latent {found.latent} of {visible(found.dictionary)}"
+        svg = plots.map_svg(found, f"geometry-map-{i}")
+        drawn.append({"svg": svg, "table": _table(pd.DataFrame(rows)), "title": title, "note": note})
+    return drawn
 
 
 def _few(frame: pd.DataFrame) -> pd.DataFrame:

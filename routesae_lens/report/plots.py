@@ -34,7 +34,7 @@ LABELLED = 0.06
 
 def curve(frame: pd.DataFrame, column: str, title: str) -> Markup:
     """One quantity over the tokens of the training."""
-    figure, axes = _figure(3.4, 2.3)
+    figure, axes = empty_figure(3.4, 2.3)
     points = frame[["tokens", column]].dropna()
     few = len(points) < 12
     axes.plot(
@@ -43,12 +43,12 @@ def curve(frame: pd.DataFrame, column: str, title: str) -> Markup:
     axes.set_title(title)
     _tokens_axis(axes)
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    return _svg(figure, f"curve-{column}", f"{title} against training tokens")
+    return as_svg(figure, f"curve-{column}", f"{title} against training tokens")
 
 
 def shares_in_training(frame: pd.DataFrame) -> Markup:
     """Share of tokens routed to each layer in the batches of training, stacked (figure 9 a)."""
-    figure, axes = _figure(4.6, 3.0)
+    figure, axes = empty_figure(4.6, 3.0)
     layers = [column for column in frame if isinstance(column, int)]
     stack = frame[layers].to_numpy().T
     shades = {f"#000c{i:02x}": i / max(1, len(layers) - 1) for i in range(len(layers))}
@@ -70,12 +70,12 @@ def shares_in_training(frame: pd.DataFrame) -> Markup:
     axes.set_title("In training, by batch")
     _tokens_axis(axes)
     text = "Share of tokens routed to each layer over the training, stacked from the lowest layer up"
-    return _svg(figure, "shares-in-training", text, shades)
+    return as_svg(figure, "shares-in-training", text, shades)
 
 
 def shares_at_inference(routing: Mapping[str, Mapping[int, float]]) -> Markup:
     """Share of held-out tokens routed to each layer, with its standard error, and mean probability (figure 9 b)."""
-    figure, axes = _figure(4.6, 3.0)
+    figure, axes = empty_figure(4.6, 3.0)
     share, weight = routing["layer_share"], routing.get("layer_weight", {})
     error = routing.get("layer_share_stderr", {})
     errors = [0.0 if math.isnan(error.get(layer, 0.0)) else error.get(layer, 0.0) for layer in share]
@@ -97,14 +97,14 @@ def shares_at_inference(routing: Mapping[str, Mapping[int, float]]) -> Markup:
     axes.set_ylim(0, min(1.0, 1.15 * max([*share.values(), *weight.values(), 0.01])))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_title("On held-out text")
-    return _svg(figure, "shares-at-inference", "Share of held-out tokens routed to each layer")
+    return as_svg(figure, "shares-at-inference", "Share of held-out tokens routed to each layer")
 
 
 def kl_against_sparsity(points: Sequence[Mapping[str, Any]], chosen: str) -> Markup:
     """KL against L0: every SAE, and a line through each method's means over seeds; the page's SAE is ringed."""
     frame = pd.DataFrame(points).dropna(subset=["l0", "kl"])
     methods = frame["method"].nunique()
-    figure, axes = _figure(4.6, 3.2 + 0.2 * math.ceil((methods + 1) / 2))
+    figure, axes = empty_figure(4.6, 3.2 + 0.2 * math.ceil((methods + 1) / 2))
     for i, (method, rows) in enumerate(frame.groupby("method", sort=False)):
         color, marker = LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
         dashes = DASHES[i // len(LINES) % len(DASHES)]
@@ -118,10 +118,11 @@ def kl_against_sparsity(points: Sequence[Mapping[str, Any]], chosen: str) -> Mar
     axes.set(xlabel="L0 (active latents per token)", ylabel="KL (nats per token)")
     axes.set_ylim(0, 1.08 * max(frame["kl"].max(), 1e-6))
     figure.legend(frameon=False, loc="outside lower center", ncols=2, labelcolor=INK, fontsize=9)
-    return _svg(figure, "kl", "KL on held-out text against sparsity for every method of the run")
+    return as_svg(figure, "kl", "KL on held-out text against sparsity for every method of the run")
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def empty_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of so many inches, with the frame that all of them share."""
     figure = Figure(figsize=(width, height), layout="constrained")
     with rc_context({"font.size": 9}):
         axes = figure.add_subplot()
@@ -139,7 +140,8 @@ def _tokens_axis(axes: Axes) -> None:
     axes.set_xlabel("training tokens")
 
 
-def _svg(figure: Figure, name: str, description: str, shades: Mapping[str, float] | None = None) -> Markup:
+def as_svg(figure: Figure, name: str, description: str, shades: Mapping[str, float] | None = None) -> Markup:
+    """The drawing as it stands in the page; ``shades`` are stand-ins for depths between --shallow and --deep."""
     for axes in figure.axes:
         for text in (axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts):
             text.set_color(INK)

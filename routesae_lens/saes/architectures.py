@@ -40,6 +40,7 @@ from sae_lens.saes.sae import SAEConfig, TrainStepInput
 from torch import Tensor
 
 from routesae_lens.saes.fast_topk import FastTopK
+from routesae_lens.saes.k_annealing import KAnnealing, ScopeFields
 from routesae_lens.saes.route_sae import RouteFields, RouteSAE, RouteTrainingFields, RouteTrainingSAE
 from routesae_lens.saes.signed_topk import ReLUField, ReLUOption
 
@@ -63,15 +64,15 @@ class RouteTopKSAE(ReLUOption, RouteSAE, TopKSAE):
 
 
 @dataclass(kw_only=True)
-class RouteTopKTrainingSAEConfig(ReLUField, RouteTrainingFields, TopKTrainingSAEConfig):
-    """Config of :class:`RouteTopKTrainingSAE`: the router's fields, ``relu``, and SAELens' TopK fields."""
+class RouteTopKTrainingSAEConfig(ReLUField, ScopeFields, RouteTrainingFields, TopKTrainingSAEConfig):
+    """Config of :class:`RouteTopKTrainingSAE`: the router's fields, ``relu``, K-annealing, and SAELens' TopK fields."""
 
     @classmethod
     def architecture(cls) -> str:
         return "route_topk"
 
 
-class RouteTopKTrainingSAE(ReLUOption, RouteTrainingSAE, FastTopK, TopKTrainingSAE):
+class RouteTopKTrainingSAE(KAnnealing, ReLUOption, RouteTrainingSAE, FastTopK, TopKTrainingSAE):
     """RouteSAE with a TopK SAE in training, with the step that touches only k latents where it applies."""
 
 
@@ -122,8 +123,8 @@ class RouteJumpReLUTrainingSAE(RouteTrainingSAE, JumpReLUTrainingSAE):
 
 
 @dataclass(kw_only=True)
-class RouteBatchTopKTrainingSAEConfig(RouteTrainingFields, BatchTopKTrainingSAEConfig):
-    """Config of :class:`RouteBatchTopKTrainingSAE`: the router's fields, and SAELens' BatchTopK fields."""
+class RouteBatchTopKTrainingSAEConfig(ScopeFields, RouteTrainingFields, BatchTopKTrainingSAEConfig):
+    """Config of :class:`RouteBatchTopKTrainingSAE`: the router's fields, K-annealing, and SAELens' BatchTopK fields."""
 
     @classmethod
     def architecture(cls) -> str:
@@ -133,15 +134,17 @@ class RouteBatchTopKTrainingSAEConfig(RouteTrainingFields, BatchTopKTrainingSAEC
         return RouteJumpReLUSAEConfig
 
 
-class RouteBatchTopKTrainingSAE(RouteTrainingSAE, BatchTopKTrainingSAE):
+class RouteBatchTopKTrainingSAE(KAnnealing, RouteTrainingSAE, BatchTopKTrainingSAE):
     """RouteSAE with a BatchTopK SAE in training: k latents per token on average over the batch."""
 
     cfg: Any
 
 
 @dataclass(kw_only=True)
-class RouteMatryoshkaBatchTopKTrainingSAEConfig(RouteTrainingFields, MatryoshkaBatchTopKTrainingSAEConfig):
-    """Config of :class:`RouteMatryoshkaBatchTopKTrainingSAE`: the router's fields, and SAELens' Matryoshka fields."""
+class RouteMatryoshkaBatchTopKTrainingSAEConfig(
+    ScopeFields, RouteTrainingFields, MatryoshkaBatchTopKTrainingSAEConfig
+):
+    """Config of :class:`RouteMatryoshkaBatchTopKTrainingSAE`: the router's fields, K-annealing, and SAELens' own."""
 
     @classmethod
     def architecture(cls) -> str:
@@ -151,7 +154,7 @@ class RouteMatryoshkaBatchTopKTrainingSAEConfig(RouteTrainingFields, MatryoshkaB
         return RouteJumpReLUSAEConfig
 
 
-class RouteMatryoshkaBatchTopKTrainingSAE(RouteTrainingSAE, MatryoshkaBatchTopKTrainingSAE):
+class RouteMatryoshkaBatchTopKTrainingSAE(KAnnealing, RouteTrainingSAE, MatryoshkaBatchTopKTrainingSAE):
     """RouteSAE with a Matryoshka BatchTopK SAE in training: nested widths, each reconstructing alone."""
 
     cfg: Any

@@ -11,7 +11,8 @@ those slices say in which layers a latent lives (:meth:`Crosscoded.decoder_norms
 runners and come back with ``SAE.load_from_disk`` (BatchTopK as ``crosscoder_jumprelu``, as SAELens does).
 
 SAELens' initialisation holds unchanged: a decoder row gets the norm ``decoder_init_norm`` over all layers
-together (``decoder_init_norm / sqrt(layers)`` in each, about), and the encoder is the decoder's transpose.
+together (``decoder_init_norm / sqrt(layers)`` in each, about), and the encoder is the decoder's transpose. (For
+``init="llama_scope"`` see ``k_annealing.ScopeFields``.)
 Whatever else SAELens does with the norm of a row (TopK's ``rescale_acts_by_decoder_norm``,
 ``fold_W_dec_norm``) takes it over all layers together too: that scales a latent and leaves how it is spread
 over the layers alone. The L1 penalty sums the norms of the layers instead.
@@ -45,6 +46,7 @@ from torch import Tensor
 
 from routesae_lens.hook_points import join_layers, split_layers
 from routesae_lens.saes.fast_topk import FastTopK
+from routesae_lens.saes.k_annealing import KAnnealing, ScopeFields
 from routesae_lens.saes.signed_topk import ReLUField, ReLUOption
 from routesae_lens.saes.stack import StackFields, StackSAE, StackTrainingFields, StackTrainingSAE
 
@@ -172,15 +174,17 @@ class CrosscoderTopKSAE(ReLUOption, Crosscoder, TopKSAE):
 
 
 @dataclass(kw_only=True)
-class CrosscoderTopKTrainingSAEConfig(ReLUField, CrosscoderTrainingFields, TopKTrainingSAEConfig):
-    """Config of :class:`CrosscoderTopKTrainingSAE`: layers, loss, ``relu``, and SAELens' TopK fields."""
+class CrosscoderTopKTrainingSAEConfig(
+    ReLUField, ScopeFields, CrosscoderTrainingFields, TopKTrainingSAEConfig
+):
+    """Config of :class:`CrosscoderTopKTrainingSAE`: layers, loss, ``relu``, K-annealing, and SAELens' TopK fields."""
 
     @classmethod
     def architecture(cls) -> str:
         return "crosscoder_topk"
 
 
-class CrosscoderTopKTrainingSAE(ReLUOption, CrosscoderTrainingSAE, FastTopK, TopKTrainingSAE):
+class CrosscoderTopKTrainingSAE(KAnnealing, ReLUOption, CrosscoderTrainingSAE, FastTopK, TopKTrainingSAE):
     """A Crosscoder with TopK in training, with the step that touches only k latents where it applies."""
 
 
@@ -201,8 +205,8 @@ class CrosscoderJumpReLUSAE(Crosscoder, JumpReLUSAE):
 
 
 @dataclass(kw_only=True)
-class CrosscoderBatchTopKTrainingSAEConfig(CrosscoderTrainingFields, BatchTopKTrainingSAEConfig):
-    """Config of :class:`CrosscoderBatchTopKTrainingSAE`: layers, loss, and SAELens' BatchTopK fields."""
+class CrosscoderBatchTopKTrainingSAEConfig(ScopeFields, CrosscoderTrainingFields, BatchTopKTrainingSAEConfig):
+    """Config of :class:`CrosscoderBatchTopKTrainingSAE`: layers, loss, K-annealing, and SAELens' BatchTopK fields."""
 
     @classmethod
     def architecture(cls) -> str:
@@ -212,7 +216,7 @@ class CrosscoderBatchTopKTrainingSAEConfig(CrosscoderTrainingFields, BatchTopKTr
         return CrosscoderJumpReLUSAEConfig
 
 
-class CrosscoderBatchTopKTrainingSAE(CrosscoderTrainingSAE, BatchTopKTrainingSAE):
+class CrosscoderBatchTopKTrainingSAE(KAnnealing, CrosscoderTrainingSAE, BatchTopKTrainingSAE):
     """A Crosscoder with BatchTopK in training: k latents per token on average over the batch."""
 
     cfg: Any

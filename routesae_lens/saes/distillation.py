@@ -13,9 +13,9 @@ from math import ceil
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
+from routesae_lens.saes.layers import Layers
 from routesae_lens.saes.router import Route, uniform_layers
 
 if TYPE_CHECKING:
@@ -31,13 +31,13 @@ class Lesson(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-def distill(sae: RouteTrainingSAE, x: Float[Tensor, "batch layer d_model"], step: int) -> Lesson:
+def distill(sae: RouteTrainingSAE, x: Layers, step: int) -> Lesson:
     """One step of a router that imitates the oracle.
 
     Args:
         sae: its config says for how long layers are uniform, how many tokens explore, and how many ask the oracle.
-        x: standardised activations of every layer. The oracle is asked on the first tokens of the batch, which
-            is shuffled.
+        x: activations of every layer, ``(batch, layer, d_model)``. The oracle is asked on the first tokens of
+            the batch, which is shuffled.
         step: training steps done.
     """
     cfg, (n, n_layers, _) = sae.cfg, x.shape
@@ -49,8 +49,8 @@ def distill(sae: RouteTrainingSAE, x: Float[Tensor, "batch layer d_model"], step
         losses["distillation_loss"] = nn.functional.nll_loss(probs[:asked].clamp_min(1e-20).log(), best)
         metrics["oracle_agreement"] = (layer[:asked] == best).float().mean()
         layer = torch.cat([best, layer[asked:]])
-    random = uniform_layers((n,), n_layers, cfg.route_seed, draw=2 * step, device=x.device)
-    coin = uniform_layers((n,), 2**20, cfg.route_seed, draw=2 * step + 1, device=x.device) / 2**20
+    random = uniform_layers((n,), n_layers, cfg.route_seed, draw=2 * step, device=probs.device)
+    coin = uniform_layers((n,), 2**20, cfg.route_seed, draw=2 * step + 1, device=probs.device) / 2**20
     explore = coin < (1.0 if step < (cfg.uniform_steps or 0) else cfg.explore)
     layer = torch.where(explore, random, layer)
     return Lesson(sae.read_layers(x, probs, layer, torch.ones_like(probs[..., 0])), losses, metrics)

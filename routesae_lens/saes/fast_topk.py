@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from sae_lens import SAE, TopKSAE, TopKTrainingSAE
+from sae_lens import SAE, TopKSAE, TopKTrainingSAE, TrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
 
-from routesae_lens.saes.stack import StackTrainingSAE
 from routesae_lens.saes.topk_function import (
     TopKCode,
     TopKOutput,
@@ -26,6 +25,9 @@ from routesae_lens.saes.topk_function import (
 )
 
 DEVICES = ("cpu", "cuda")
+FEW = 1 / 4
+"""Share of the latents up to which the sparse step pays: from there on the dense one is as fast (measured on a CPU)
+and holds less, 25 numbers for every kept latent against 8 for every latent."""
 
 
 def is_fast(sae: Any) -> bool:
@@ -66,7 +68,7 @@ def encode_topk(sae: SAE[Any], x: Float[Tensor, "batch d_in"]) -> TopKCode:
         x - sae.b_dec if sae.cfg.apply_b_dec_to_input else x,
         sae.W_enc,
         sae.b_enc,
-        int(sae.cfg.k),
+        _k(sae),
         relu=getattr(sae.cfg, "relu", True),
         norm=norm,
     )
@@ -79,6 +81,11 @@ def decode_topk(sae: SAE[Any], code: TopKCode) -> Float[Tensor, "batch d_in"]:
     if norm is not None:
         code = code._replace(values=code.values / norm[code.indices])
     return topk_decode(code, sae.W_dec, sae.b_dec)
+
+
+def _k(sae: Any) -> int:
+    """Latents per token now: the activation function's, which K-annealing changes from step to step."""
+    return int(sae.activation_fn.k)
 
 
 def _norm(sae: SAE[Any]) -> Tensor | None:
@@ -119,17 +126,18 @@ class Latents(NamedTuple):
         return cls(token, latent, dense[token, place])
 
 
-class FastTopK(StackTrainingSAE):
+class FastTopK(TrainingSAE[Any]):
     """Mixin in front of SAELens' ``TopKTrainingSAE``: its training step through :func:`topk_autoencode`.
 
-    It steps aside where :func:`is_fast` says so. Under autocast it works, with only the dense products in the
-    narrow dtype.
+    SAEs of a stack stand before it in a list of bases, with their own losses. It steps aside where
+    :func:`is_fast` says so, and while more than :data:`FEW` of the latents are kept. Under autocast it works,
+    with only the dense products in the narrow dtype.
     """
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        if not is_fast(self):
+        if not is_fast(self) or _k(self) > FEW * self.cfg.d_sae:
             return super().training_forward_pass(step_input)
-        x = step_input.sae_in.flatten(0, -2)
+        x = step_input.sae_in.flatten(0, -2).to(self.dtype)
         dead = None
         if self.cfg.aux_loss_coefficient and step_input.dead_neuron_mask is not None:
             dead = step_input.dead_neuron_mask.nonzero().flatten()
@@ -166,7 +174,7 @@ class FastTopK(StackTrainingSAE):
             self.b_enc,
             self.W_dec,
             self.b_dec,
-            int(self.cfg.k),
+            _k(self),
             relu=getattr(self.cfg, "relu", True),
             weight_by_norm=self.cfg.rescale_acts_by_decoder_norm,
             subtract_b_dec=self.cfg.apply_b_dec_to_input,
@@ -179,12 +187,17 @@ class FastTopK(StackTrainingSAE):
         """Dead latents of a token that the auxiliary loss revives: SAELens' half of the input's size."""
         return int(self.W_dec.shape[1]) // 2
 
+    def _input_norm(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1"]:
+        """What the auxiliary loss is measured in; SAELens' own is not normalised."""
+        return torch.ones_like(x[..., :1])
+
     def _revival_loss(
         self, x: Float[Tensor, "batch d_in"], code: TopKOutput, dead: Tensor | None
     ) -> Float[Tensor, ""]:
         """SAELens' auxiliary loss: dead latents reconstruct what the others leave, here on the scale of the loss.
 
-        Equal to ``TopKTrainingSAE.calculate_topk_aux_loss`` as ``StackTrainingSAE.calculate_aux_loss`` calls it.
+        Equal to ``TopKTrainingSAE.calculate_topk_aux_loss``, for SAEs of a stack as
+        ``StackTrainingSAE.calculate_aux_loss`` calls it.
         """
         if dead is None or code.dead_out is None:
             return x.new_zeros(())

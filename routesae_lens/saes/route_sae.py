@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from routesae_lens.saes.distillation import distill, route_metrics, router_losses
 from routesae_lens.saes.fast_topk import decode_fast, encode_fast
+from routesae_lens.saes.layers import Layers
 from routesae_lens.saes.router import (
     AGGREGATORS,
     RANDOM_PER,
@@ -112,30 +113,30 @@ class Routed(StackSAE):
         Raises:
             ValueError: the last dimension is not ``len(layers) * d_model``.
         """
-        x = self.split(stack)
+        layers = self.layers_of(stack)
         choice = ROUTINGS[self.cfg.routing].choose(
             RoutingContext(
                 shape=tuple(stack.shape[:-1]),
                 n_layers=self.cfg.n_layers,
-                probs=lambda: self._probs(x),
-                errors=lambda: self.layer_errors(x),
+                probs=lambda: self._probs(layers),
+                errors=lambda: self.layer_errors(layers),
                 fixed_index=self.layers.index(self.cfg.fixed_layer) if self.cfg.routing == "fixed" else None,
                 random_per=self.cfg.random_per,
                 seed=self.cfg.route_seed,
                 draw=draw,
                 start=start,
-                device=x.device,
-                dtype=x.dtype,
+                device=stack.device,
+                dtype=self.dtype,
             )
         )
         if choice.mixture is not None:
-            routed = torch.einsum("...ld,...l->...d", x, choice.mixture)
+            routed = torch.einsum("...ld,...l->...d", layers.x, choice.mixture)
             return Route(choice.probs, choice.layer, choice.mixture, routed, choice.scale)
-        return self.read_layers(x, choice.probs, choice.layer, choice.scale)
+        return self.read_layers(layers, choice.probs, choice.layer, choice.scale)
 
     def read_layers(
         self,
-        x: Float[Tensor, "*batch layer d_model"],
+        x: Layers | Float[Tensor, "*batch layer d_model"],
         probs: Float[Tensor, "*batch layer"],
         layer: Int[Tensor, "*batch"],
         scale: Float[Tensor, "*batch"],
@@ -143,20 +144,21 @@ class Routed(StackSAE):
         """The route that reads ``layer`` of each token, times ``scale`` (and the layer's learned factor)."""
         if self.cfg.layer_scale:
             scale = scale * self.router_log_scale.exp()[layer]
-        index = layer[..., None, None].expand(*layer.shape, 1, x.shape[-1])
-        routed = x.gather(-2, index).squeeze(-2) * scale[..., None]
+        routed = Layers.of(x).read(layer) * scale[..., None]
         one_hot = nn.functional.one_hot(layer, self.cfg.n_layers)
         return Route(probs, layer, one_hot * scale[..., None], routed, scale)
 
     @torch.no_grad()
-    def layer_errors(self, x: Float[Tensor, "*batch layer d_model"]) -> Float[Tensor, "*batch layer"]:
+    def layer_errors(
+        self, x: Layers | Float[Tensor, "*batch layer d_model"]
+    ) -> Float[Tensor, "*batch layer"]:
         """Normalised error ||x - x_hat||^2 / ||x||^2 of the shared SAE on every layer's activation.
 
         One layer at a time, so it takes ``n_layers`` encodings but the memory of one.
         """
-        errors = []
+        layers, errors = Layers.of(x), []
         for i in range(x.shape[-2]):
-            layer = x[..., i, :]
+            layer = layers.layer(i)
             factor = self.router_log_scale[i].exp() if self.cfg.layer_scale else 1.0
             out = self.autoencode_routed(layer * factor) / factor
             errors.append((layer - out).pow(2).sum(-1) / layer.pow(2).sum(-1).clamp_min(1e-12))
@@ -166,11 +168,11 @@ class Routed(StackSAE):
         """Encode and decode in the routed space."""
         return decode_fast(self, encode_fast(self, x, self.encode_routed)).reshape(x.shape)
 
-    def _probs(self, x: Float[Tensor, "*batch layer d_model"]) -> Float[Tensor, "*batch layer"]:
+    def _probs(self, x: Layers | Float[Tensor, "*batch layer d_model"]) -> Float[Tensor, "*batch layer"]:
         aggregator = AGGREGATORS[self.cfg.aggregator]
-        pooled = aggregator.pool(x, {name: getattr(self, name) for name in aggregator.parameters})
+        pooled = aggregator.pool(Layers.of(x), {name: getattr(self, name) for name in aggregator.parameters})
         wide = torch.promote_types(self.dtype, torch.float32)
-        return torch.softmax(pooled @ self.W_router.T, dim=-1, dtype=wide).to(x.dtype)
+        return torch.softmax(pooled @ self.W_router.T, dim=-1, dtype=wide).to(pooled.dtype)
 
     def encode(self, x: Float[Tensor, "*batch stacked"]) -> Float[Tensor, "... d_sae"]:
         """Latents of a stack: route, then encode (Eq. 10). With ``routing="every"`` (... layer d_sae)."""
@@ -279,7 +281,7 @@ class RouteTrainingSAE(Routed, StackTrainingSAE):
             return self._train_on_every_layer(step_input)
         lesson = None
         if self.cfg.routing == "distilled":
-            lesson = distill(self, self.split(step_input.sae_in), step_input.n_training_steps)
+            lesson = distill(self, self.layers_of(step_input.sae_in), step_input.n_training_steps)
         route = lesson.route if lesson else self.route(step_input.sae_in, draw=step_input.n_training_steps)
         output = super().training_forward_pass(replace(step_input, sae_in=route.input))
         losses = router_losses(route, step_input.coefficients) | (lesson.losses if lesson else {})

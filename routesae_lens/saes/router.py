@@ -12,12 +12,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from einops import einsum, reduce
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
-EPS = 1e-6
-"""Added to the standard deviation, as in the authors' code."""
+from routesae_lens.saes.layers import Layers
 
 
 class Route(NamedTuple):
@@ -35,43 +34,7 @@ class Route(NamedTuple):
     """Factor on the chosen layer's activation in ``input``: p for hard routing, else 1."""
 
 
-class Standardized(NamedTuple):
-    x: Float[Tensor, "*batch d_model"]
-    mean: Float[Tensor, "*batch 1"]
-    std: Float[Tensor, "*batch 1"]
-    """Already with :data:`EPS` added: ``x * std + mean`` is the original."""
-
-
-def standardize(x: Float[Tensor, "*batch d_model"]) -> Standardized:
-    """Per token (and layer): subtract the mean, divide by the unbiased standard deviation + 1e-6.
-
-    Statistics are computed in at least float32; the result has the dtype of ``x``.
-    """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    mean = wide.mean(-1, keepdim=True)
-    if not (wide.requires_grad or torch.compiler.is_compiling()):
-        return _standardize_in_parts(x, wide, mean)
-    centered = wide - mean
-    # (the norm rather than torch.std: its gradient at a constant activation is 0, not NaN)
-    norm = torch.linalg.vector_norm(centered, dim=-1, keepdim=True)
-    std = norm / (x.shape[-1] - 1) ** 0.5 + EPS
-    return Standardized((centered / std).to(x.dtype), mean.to(x.dtype), std.to(x.dtype))
-
-
-def _standardize_in_parts(x: Tensor, wide: Tensor, mean: Tensor) -> Standardized:
-    """The same without gradients, a few rows at a time: twice as fast, and without a second tensor of that size."""
-    result = torch.empty(wide.shape, dtype=wide.dtype, device=wide.device)
-    std = torch.empty(mean.shape, dtype=mean.dtype, device=mean.device)
-    n = max(1, 2**20 // max(1, x.shape[-1]))
-    flat = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (wide, mean, result, std))
-    for rows, means, centered, stds in zip(*(tensor.split(n) for tensor in flat), strict=True):
-        torch.sub(rows, means, out=centered)
-        stds.copy_(torch.linalg.vector_norm(centered, dim=-1, keepdim=True) / (x.shape[-1] - 1) ** 0.5 + EPS)
-        centered.div_(stds)
-    return Standardized(result.to(x.dtype), mean.to(x.dtype), std.to(x.dtype))
-
-
-Pool = Callable[[Float[Tensor, "*batch layer d_model"], dict[str, Tensor]], Float[Tensor, "*batch d_model"]]
+Pool = Callable[[Layers, dict[str, Tensor]], Float[Tensor, "*batch d_model"]]
 
 
 class Aggregator(NamedTuple):
@@ -82,16 +45,17 @@ class Aggregator(NamedTuple):
     """Names of learned vectors of size d_model (zero at the start), given to ``pool`` by name."""
 
 
-def _sum(x: Float[Tensor, "*batch layer d_model"], parameters: dict[str, Tensor]) -> Tensor:
-    return reduce(x, "... layer d_model -> ... d_model", "sum")
+def _sum(layers: Layers, parameters: dict[str, Tensor]) -> Tensor:
+    return layers.total
 
 
-def _mean(x: Float[Tensor, "*batch layer d_model"], parameters: dict[str, Tensor]) -> Tensor:
-    return reduce(x, "... layer d_model -> ... d_model", "mean")
+def _mean(layers: Layers, parameters: dict[str, Tensor]) -> Tensor:
+    return layers.total / layers.shape[-2]
 
 
-def _attention(x: Float[Tensor, "*batch layer d_model"], parameters: dict[str, Tensor]) -> Tensor:
+def _attention(layers: Layers, parameters: dict[str, Tensor]) -> Tensor:
     # The paper gives no formula (appendix B). Ours: one learned query attends over the layers.
+    x = layers.x
     scores = einsum(x, parameters["router_query"], "... layer d_model, d_model -> ... layer")
     attention = torch.softmax(scores / x.shape[-1] ** 0.5, dim=-1)
     return einsum(x, attention, "... layer d_model, ... layer -> ... d_model")

@@ -22,7 +22,7 @@ from routesae_lens.hook_points import (
     split_layers,
     stack_name,
 )
-from routesae_lens.saes.router import Standardized, standardize
+from routesae_lens.saes.layers import Layers
 
 
 @dataclass(kw_only=True)
@@ -129,14 +129,21 @@ class StackSAE(SAE[Any]):
         Raises:
             ValueError: the last dimension is not ``len(layers) * d_model``.
         """
+        return self.layers_of(stack).x
+
+    def layers_of(self, stack: Float[Tensor, "*batch stacked"]) -> Layers:
+        """What :meth:`split` gives, computed on demand.
+
+        Raises:
+            ValueError: the last dimension is not ``len(layers) * d_model``.
+        """
         if stack.shape[-1] != self.cfg.d_in:
             raise ValueError(
                 f"expected a stack of {self.cfg.n_layers} layers x d_model {self.cfg.d_model} = {self.cfg.d_in} "
                 f"in the last dimension, got shape {tuple(stack.shape)}. Read it from the hook point that "
                 "sae.mount(model) returns."
             )
-        layers = split_layers(stack.to(self.dtype), self.cfg.n_layers)
-        return standardized_once(stack, layers).x if self.cfg.standardize else layers
+        return layers_once(stack, self.dtype, self.cfg.n_layers, self.cfg.standardize)
 
     def fold_activation_whitening(
         self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor
@@ -223,33 +230,36 @@ class StackTrainingSAE(StackSAE, TrainingSAE[Any]):
 
 
 class _Memo:
-    """The last standardised stack: many SAEs read the same one in a training step."""
+    """The layers of the last stack: many SAEs read the same one in a training step."""
 
     source: weakref.ref[Tensor] | None = None
     key: Any = None
-    result: Standardized | None = None
+    layers: Layers | None = None
 
     def forget(self, source: Any) -> None:
         if self.source is source:
-            self.source = self.key = self.result = None
+            self.source = self.key = self.layers = None
 
 
 _memo = _Memo()
 
 
-def standardized_once(
-    stack: Float[Tensor, "*batch stacked"], layers: Float[Tensor, "*batch layer d_model"]
-) -> Standardized:
-    """``standardize(layers)``, remembered for as long as the very same ``stack`` lives unchanged.
+def layers_once(
+    stack: Float[Tensor, "*batch stacked"], dtype: torch.dtype, n_layers: int, standardized: bool
+) -> Layers:
+    """The :class:`Layers` of ``stack``, the same object for as long as the very same stack lives unchanged.
 
-    A stack that needs gradients, or was made in inference mode (no version counter), is standardised anew.
+    They are made anew for a stack that needs gradients, and in inference mode (no version counter, and what is
+    made there is of no use outside).
     """
-    if torch.compiler.is_compiling() or stack.requires_grad or stack.is_inference():
-        return standardize(layers)
+    anew = torch.compiler.is_compiling() or stack.requires_grad
+    if anew or stack.is_inference() or torch.is_inference_mode_enabled():
+        return Layers(split_layers(stack.to(dtype), n_layers), standardized=standardized)
     known = _memo.source() if _memo.source is not None else None
-    key = (stack._version, stack.data_ptr(), layers.shape, layers.dtype)
-    if known is not stack or _memo.key != key or _memo.result is None:
-        _memo.result = None  # before the next one is made: they are large
-        result = standardize(layers)
-        _memo.source, _memo.key, _memo.result = weakref.ref(stack, _memo.forget), key, result
-    return _memo.result
+    key = (stack._version, stack.data_ptr(), dtype, n_layers, standardized)
+    if known is not stack or _memo.key != key or _memo.layers is None:
+        _memo.layers = None  # before the next one is made: what they hold is large
+        # (a view would keep the stack alive; .data does not)
+        layers = Layers(split_layers(stack.data.to(dtype), n_layers), standardized=standardized)
+        _memo.source, _memo.key, _memo.layers = weakref.ref(stack, _memo.forget), key, layers
+    return _memo.layers

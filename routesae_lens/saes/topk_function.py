@@ -48,12 +48,12 @@ class TopKCode(NamedTuple):
 class TopKOutput(NamedTuple):
     """A reconstruction and the latents it is made of."""
 
-    out: Float[Tensor, "batch d_in"]
+    out: Float[Tensor, "batch d_out"]
     values: Float[Tensor, "batch k"]
     """In units of the decoder row, without gradient."""
     indices: Int[Tensor, "batch k"]
     """Ascending in every row."""
-    dead_out: Float[Tensor, "batch d_in"] | None
+    dead_out: Float[Tensor, "batch d_out"] | None
     """What the dead latents alone reconstruct, without ``b_dec`` (None where no ``dead`` were given)."""
 
 
@@ -61,8 +61,8 @@ def topk_autoencode(
     x: Float[Tensor, "batch d_in"],
     W_enc: Float[Tensor, "d_in d_sae"],
     b_enc: Float[Tensor, " d_sae"],
-    W_dec: Float[Tensor, "d_sae d_in"],
-    b_dec: Float[Tensor, " d_in"],
+    W_dec: Float[Tensor, "d_sae d_out"],
+    b_dec: Float[Tensor, " d_out"],
     k: int,
     *,
     relu: bool = True,
@@ -77,7 +77,7 @@ def topk_autoencode(
 
     Args:
         x: what is encoded.
-        W_enc, b_enc, W_dec, b_dec: as in SAELens.
+        W_enc, b_enc, W_dec, b_dec: as in SAELens. (A transcoder's ``d_out`` may differ from its ``d_in``.)
         k: latents kept per token.
         relu: drop negative ones among them.
         weight_by_norm: choose by pre-activation times decoder norm (SAELens' ``rescale_acts_by_decoder_norm``).
@@ -99,8 +99,8 @@ def topk_autoencode_dense(
     x: Float[Tensor, "batch d_in"],
     W_enc: Float[Tensor, "d_in d_sae"],
     b_enc: Float[Tensor, " d_sae"],
-    W_dec: Float[Tensor, "d_sae d_in"],
-    b_dec: Float[Tensor, " d_in"],
+    W_dec: Float[Tensor, "d_sae d_out"],
+    b_dec: Float[Tensor, " d_out"],
     k: int,
     *,
     relu: bool = True,
@@ -140,8 +140,8 @@ def topk_encode(
 
 @torch.no_grad()
 def topk_decode(
-    code: TopKCode, W_dec: Float[Tensor, "d_sae d_in"], b_dec: Float[Tensor, " d_in"]
-) -> Float[Tensor, "batch d_in"]:
+    code: TopKCode, W_dec: Float[Tensor, "d_sae d_out"], b_dec: Float[Tensor, " d_out"]
+) -> Float[Tensor, "batch d_out"]:
     """The reconstruction of :func:`topk_encode`'s code."""
     return _decode(code, W_dec).add_(b_dec)
 
@@ -290,7 +290,7 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 # --- Products with the code, a sparse (batch, d_sae) matrix ------------------------------------------------
 
 
-def _decode(code: TopKCode, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "batch d_in"]:
+def _decode(code: TopKCode, W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "batch d_out"]:
     """``A @ W_dec``, A the matrix that holds the values at the indices."""
     if kernels := kernels_for(W_dec):
         return kernels.decode(code.values, code.indices, W_dec)
@@ -298,7 +298,7 @@ def _decode(code: TopKCode, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor,
 
 
 def _at(
-    x: Float[Tensor, "batch d_in"], W_dec: Float[Tensor, "d_sae d_in"], indices: Int[Tensor, "batch k"]
+    x: Float[Tensor, "batch d_out"], W_dec: Float[Tensor, "d_sae d_out"], indices: Int[Tensor, "batch k"]
 ) -> Float[Tensor, "batch k"]:
     """``x @ W_dec.T`` at the indices only."""
     if kernels := kernels_for(W_dec):

@@ -103,6 +103,7 @@ class Attaching:
             self._attach(sae, use_error_term, exclude_special_tokens, scale_by_p, splice_layers)
             return
         self._check_ordinary(sae)
+        self._check_skip(sae, use_error_term)
         parent: Any = super()
         parent.add_sae(sae, use_error_term=use_error_term, **self._ordinary_options(exclude_special_tokens))
 
@@ -205,6 +206,15 @@ class Attaching:
             raise ValueError(
                 f"this {type(sae).__name__} has d_in = {sae.cfg.d_in}; {sae.cfg.metadata.hook_name} of this model "
                 f"has {width}"
+            )
+
+    def _check_skip(self, sae: SAE[Any], use_error_term: bool | None) -> None:
+        """Refuse what SAELens would splice without its skip connection, which the error term makes up for."""
+        if hasattr(sae, "W_skip") and not (sae.use_error_term if use_error_term is None else use_error_term):
+            raise ValueError(
+                f"SAELens splices a {type(sae).__name__} by encode and decode, without W_skip: what it predicts "
+                "would be wrong. Attach it with use_error_term=True, or evaluate(sae, model, tokens), which "
+                "splices it whole"
             )
 
     def _kinds_by_path(self) -> dict[str, str]:

@@ -21,8 +21,9 @@ from torch import Tensor
 from routesae_lens.hook_points import check_layers, layer_hook_name, split_layers
 from routesae_lens.saes.crosscoder import Crosscoder
 from routesae_lens.saes.fast_topk import decode_fast, encode_fast
+from routesae_lens.saes.layers import standardize
 from routesae_lens.saes.route_sae import Routed, RouteSAE
-from routesae_lens.saes.router import Route, standardize
+from routesae_lens.saes.router import Route
 from routesae_lens.saes.topk_function import TopKCode
 
 Hook = Callable[..., Tensor]

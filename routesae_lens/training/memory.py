@@ -36,15 +36,22 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAEConfig
 
 from routesae_lens.backends import backend_of
-from routesae_lens.saes.fast_topk import DEVICES, FastTopK
+from routesae_lens.saes.fast_topk import DEVICES, FEW, FastTopK
 from routesae_lens.training.rows import BUFFER_DTYPES, capacity_for
 
 DENSE_STEP, FAST_STEP, REVIVAL = 8, 2, 3
 """Tensors of batch x d_sae that a step holds at once (measured): pre-activations, latents, what fired, and
 their gradients. The TopK step of ``saes/fast_topk.py`` has fewer; where all latents are dead, reviving them (the
 auxiliary loss) takes three more: pre-activations, which are chosen, and gradients."""
+FAST_KEPT, DENSE_KEPT = 26, 3
+"""Numbers for every latent that a step keeps (measured), beside one batch x d_sae less than the above: they count
+where k is a large part of the width, as at the start of K-annealing."""
 STACK_TENSORS = 6
-"""Tensors of batch x d_in likewise: the batch, standardised, reconstructed, errors, gradients."""
+"""Tensors of batch x d_in likewise: the batch, standardised, reconstructed, errors, gradients. Where one layer is
+read of each token, all but the batch are of batch x d_model."""
+READ_ONE_LAYER = ("hard", "straight_through", "random", "fixed", "distilled", "oracle")
+READ_THE_SUM = ("sum", "mean")
+"""Rules and aggregators of a router that never hold the standardised layers (``saes/layers.py``)."""
 EVALUATED = 4
 """Tensors of tokens x d_sae in an evaluation."""
 LOGITS = 5
@@ -197,12 +204,19 @@ def _parameters(cfg: TrainingSAEConfig) -> int:
 def _step(cfg: TrainingSAEConfig, batch_size: int) -> int:
     """Bytes that one member's step holds and frees."""
     sae_class = get_sae_training_class(cfg.architecture())[0]
-    fast = issubclass(sae_class, FastTopK) and torch.device(cfg.device).type in DEVICES
+    k = getattr(cfg, "largest_k", getattr(cfg, "k", 0))
+    fast = (
+        issubclass(sae_class, FastTopK) and torch.device(cfg.device).type in DEVICES and k <= FEW * cfg.d_sae
+    )
     revival = REVIVAL if getattr(cfg, "aux_loss_coefficient", 0) else 0
     # Rules that only compare the layers (distilled, oracle) encode them one after the other.
     rows = batch_size * (getattr(cfg, "n_layers", 1) if getattr(cfg, "routing", "") == "every" else 1)
-    latents = (FAST_STEP + revival if fast else DENSE_STEP) * cfg.d_sae
-    return 4 * (rows * latents + batch_size * STACK_TENSORS * cfg.d_in)
+    tensors, kept = (FAST_STEP, FAST_KEPT) if fast else (DENSE_STEP, DENSE_KEPT)
+    latents = max(tensors * cfg.d_sae, (tensors - 1) * cfg.d_sae + int(kept * k))
+    latents += revival * cfg.d_sae if fast else 0
+    one_layer = getattr(cfg, "routing", None) in READ_ONE_LAYER and cfg.aggregator in READ_THE_SUM
+    read = cfg.d_in + (STACK_TENSORS - 1) * cfg.d_model if one_layer else STACK_TENSORS * cfg.d_in
+    return 4 * (rows * latents + batch_size * read)
 
 
 def _vocabulary(model: Any) -> int:

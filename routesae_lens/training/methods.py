@@ -1,8 +1,8 @@
 """The methods that are compared: by name, a function that makes the training config of one SAE.
 
-All of them but ``plain_topk`` share RouteSAE's standardisation, normalised loss and splice, so that only
-what the name says differs. To add a method, give it an entry in :data:`METHODS`, or hand a mapping of your
-own to ``sweep(..., methods=METHODS | {...})``.
+All of them but the ordinary ones (``plain_topk``, ``scope_topk``) share RouteSAE's standardisation, normalised
+loss and splice, so that only what the name says differs. To add a method, give it an entry in :data:`METHODS`,
+or hand a mapping of your own to ``sweep(..., methods=METHODS | {...})``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from routesae_lens.backends import backend_of
 from routesae_lens.hook_points import check_layers, layer_hook_name
 from routesae_lens.saes.architectures import ROUTE_ARCHITECTURES
 from routesae_lens.saes.crosscoder import CROSSCODER_ARCHITECTURES
+from routesae_lens.saes.k_annealing import AnnealedTopKTrainingSAEConfig
+from routesae_lens.training.presets import PRESETS
 
 MakeConfig = Callable[..., TrainingSAEConfig]
 """``(model, layers, d_sae, sparsity, seed, **given) -> training config``; ``given`` are further fields of it.
@@ -40,6 +42,10 @@ SET_ELSEWHERE = {
     **{"layers": "the layers", "d_sae": "d_sae", "routing": "the method", "route_seed": "the seed"},
 }
 """Config fields that no option may set, and what does. (A rule of the router is what a method is named for.)"""
+
+
+TRIAL_D_MODEL = 2**20
+"""Stands for a d_model that is not known yet; large, so that no k or start of K-annealing seems too large."""
 
 
 class Method(NamedTuple):
@@ -76,7 +82,9 @@ def _stacked(
         sparsity = float(sparsity)  # SAELens' BatchTopK has such a k
     known = {sparsity_field: sparsity} | ({"route_seed": seed} if "route_seed" in types else {})
     if model is None:
-        made: TrainingSAEConfig = config(d_in=8 * len(layers), layers=layers, d_sae=d_sae, **known | given)
+        made: TrainingSAEConfig = config(
+            d_in=TRIAL_D_MODEL * len(layers), layers=layers, d_sae=d_sae, **known | given
+        )
     else:
         made = config.for_model(model, layers=layers, d_sae=d_sae, **known | given)
     return made
@@ -87,17 +95,23 @@ def _on_one_layer(make: MakeConfig, model: Any, layers: list[int], *args: Any, *
     return make(model, layers[-1:], *args, **given)
 
 
-def _plain_topk(
-    model: Any, layers: list[int], d_sae: int, sparsity: int | float, seed: int, **given: Any
+def _plain(
+    config: Any,
+    preset: Mapping[str, Any],
+    model: Any,
+    layers: list[int],
+    d_sae: int,
+    sparsity: int | float,
+    seed: int,
+    **given: Any,
 ) -> TrainingSAEConfig:
-    """SAELens' own TopK SAE on the last layer's hook, as a check of ``topk``.
+    """An ordinary TopK SAE on the last layer's hook: SAELens' own as a check of ``topk``, or Llama Scope's.
 
-    It is no exact twin: one scale for all tokens in place of standardisation of each, and a loss that is
-    not divided by each token's norm.
+    It is no exact twin of ``topk``: one scale for all tokens in place of standardisation of each, and a loss that
+    is not divided by each token's norm.
     """
-    given = {"normalize_activations": "expected_average_only_in", **given}
-    d_in = 8 if model is None else backend_of(model).d_model
-    cfg = TopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=int(sparsity), **given)
+    d_in = TRIAL_D_MODEL if model is None else backend_of(model).d_model
+    cfg: TrainingSAEConfig = config(d_in=d_in, d_sae=d_sae, k=int(sparsity), **{**preset, **given})
     if model is not None:
         check_layers(layers[-1:], backend_of(model).n_layers)
         cfg.metadata.hook_name = layer_hook_name(model, layers[-1], "hook_resid_post")
@@ -117,6 +131,11 @@ def _single(architecture: str, sparsity_field: str, **about: Any) -> Method:
     config: Any = ROUTE_ARCHITECTURES[architecture]
     make = partial(_on_one_layer, partial(_stacked, config, sparsity_field))
     return Method(make, one_layer=True, config=config, sets=_sets(sparsity_field), **about)
+
+
+def _ordinary(config: Any, preset: Mapping[str, Any], *sets: str) -> Method:
+    """``preset`` holds fields that options override, unless the method ``sets`` them."""
+    return Method(partial(_plain, config, preset), one_layer=True, config=config, sets=_sets("k", *sets))
 
 
 def _crosscoder(architecture: str, sparsity_field: str, **about: Any) -> Method:
@@ -148,7 +167,12 @@ METHODS: dict[str, Method] = {
     "relu": _single("route_standard", "l1_coefficient", sparsity="l1", auxiliary=False),
     "gated": _single("route_gated", "l1_coefficient", sparsity="l1", auxiliary=False),
     "jumprelu": _single("route_jumprelu", "l0_coefficient", sparsity="l0", auxiliary=False),
-    "plain_topk": Method(_plain_topk, one_layer=True, config=TopKTrainingSAEConfig, sets=_sets("k")),
+    "plain_topk": _ordinary(TopKTrainingSAEConfig, {"normalize_activations": "expected_average_only_in"}),
+    # Llama Scope's SAE; and with one k throughout (its figure 12)
+    "scope_topk": _ordinary(AnnealedTopKTrainingSAEConfig, PRESETS["llama_scope"].sae),
+    "scope_topk_fixed_k": _ordinary(
+        AnnealedTopKTrainingSAEConfig, {**PRESETS["llama_scope"].sae, "k_anneal_steps": 0}, "k_anneal_steps"
+    ),
     "mlsae": _route(routing="every"),
     # One code for all layers together
     "crosscoder_topk": _crosscoder("crosscoder_topk", "k"),

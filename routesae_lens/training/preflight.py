@@ -11,6 +11,7 @@ from typing import Any
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 
+from routesae_lens.saes.k_annealing import ANNEALED, ScopeFields
 from routesae_lens.training.record import RUN_FILE, read_record
 from routesae_lens.training.rows import BUFFER_DTYPES
 from routesae_lens.training.runner import CHECKPOINTS, LOG
@@ -74,6 +75,37 @@ def check_numbers(
         raise ValueError(f"unknown buffer_dtype {buffer_dtype!r}; known: {', '.join(BUFFER_DTYPES)}")
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")
+
+
+def run_problems(cfg: TrainingSAEConfig, steps: int, unit_norm_every: int | None) -> list[str]:
+    """Why a config does not go with a run of ``steps``, for K-annealing and initialisation."""
+    if not isinstance(cfg, ScopeFields):
+        return []
+    found = []
+    if cfg.k_anneal_steps and cfg.k_anneal_steps >= steps:
+        found.append(
+            f"k_anneal_steps = {cfg.k_anneal_steps}, but the run has {steps} steps: none would train with the final k"
+        )
+    if cfg.init == "llama_scope" and unit_norm_every:
+        found.append(
+            "init='llama_scope' gives decoder rows a norm that unit_norm_every would set to 1 before the first step"
+        )
+    return found
+
+
+def fit_to_run(configs: Mapping[str, TrainingSAEConfig], steps: int, unit_norm_every: int | None) -> None:
+    """Give the configs that leave ``k_anneal_steps`` to the run 10 % of its ``steps``, at least one.
+
+    Raises:
+        ValueError: naming every SAE that does not go with such a run, see :func:`run_problems`.
+    """
+    found = []
+    for name, cfg in configs.items():
+        if isinstance(cfg, ScopeFields) and cfg.k_anneal_steps is None:
+            cfg.k_anneal_steps = min(max(1, round(ANNEALED * steps)), steps - 1)
+        found += [f"SAE {name!r}: {problem}" for problem in run_problems(cfg, steps, unit_norm_every)]
+    if found:
+        raise ValueError("; ".join(found))
 
 
 def check_output(output: Path, names: Iterable[str], resume: bool) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import platform
+from dataclasses import fields as fields_of
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
+from sae_lens.saes.sae import TrainingSAEConfig
 
+from routesae_lens.saes.k_annealing import ScopeFields
 from routesae_lens.training.runner import RunOptions
 
 RUN_FILE = "run.json"
@@ -24,20 +27,29 @@ def identity(
         "prepend_bos", "disable_concat_sequences", "sequence_separator_token", "activations_mixing_fraction",
         "adam_beta1", "adam_beta2", "lr", "autocast", "autocast_lm", "dead_feature_window", "feature_sampling_window",
     )  # fmt: skip
-    saes = {
-        name: {k: v for k, v in sae.to_dict().items() if k not in ("metadata", "device")}
-        for name, sae in cfg.saes.items()
-    }
     ours = ["schedule", "unit_norm_every", "buffer_tokens"]
     if options.buffer_dtype is not None:  # (checkpoints of older versions know no such setting)
         ours.append("buffer_dtype")
     return {
-        "saes": saes,
+        "saes": {name: sae_settings(sae) for name, sae in cfg.saes.items()},
         "hooks": cfg.hook_names_per_sae,
         "seeds": seeds,
         "model_layers": n_layers,
         **{name: getattr(cfg, name) for name in fields},
         **{name: getattr(options, name) for name in ours},
+    }
+
+
+def sae_settings(cfg: TrainingSAEConfig) -> dict[str, Any]:
+    """What of an SAE's config decides its numbers.
+
+    K-annealing and initialisation are left out at their defaults: folders of older versions do not have them.
+    """
+    later = {one.name: one.default for one in fields_of(ScopeFields)}
+    return {
+        name: value
+        for name, value in cfg.to_dict().items()
+        if name not in ("metadata", "device") and not (name in later and value == later[name])
     }
 
 

@@ -18,6 +18,8 @@ from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner, MultiSAET
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
+from routesae_lens.backends import SitesHookPoint
+from routesae_lens.saes.transcoder_fields import TranscoderFields
 from routesae_lens.training.buffer import MixingBuffer
 from routesae_lens.training.checkpoint import Checkpoints, CheckpointState, restore_rng
 from routesae_lens.training.data import measure
@@ -238,6 +240,14 @@ class RouteSAETrainingRunner(MultiSAETrainingRunner):
                     f"SAE {name!r} has d_in = {self.cfg.saes[name].d_in}, but {hook} gives "
                     f"{acts[hook].shape[-1]} values per token"
                 )
+            sae, point = self.cfg.saes[name], self.model.hook_dict[hook]
+            if isinstance(sae, TranscoderFields) and isinstance(point, SitesHookPoint):
+                expected = [sae.d_read, sae.d_out]
+                if point.widths != expected:
+                    raise ValueError(
+                        f"SAE {name!r} reads {expected[0]} values and predicts {expected[1]}, but the sites of "
+                        f"{hook} have {point.widths[0]} and {point.widths[1]}"
+                    )
         probe = {hook: acts[hook].double().pow(2).mean().sqrt().item() for hook in sorted(acts)}
         if bad := [hook for hook, value in probe.items() if not math.isfinite(value)]:
             raise FloatingPointError(f"the model's activations are NaN or infinite at {', '.join(bad)}")

@@ -14,6 +14,9 @@ from torch.optim.lr_scheduler import LambdaLR
 WARM_UP, DECAY = 0.05, 0.20
 """Fractions of the paper's schedule; the 75 % between them are constant."""
 
+SCOPE_WARM_UP = 10_000
+"""Steps of Llama Scope's warm-up (section 3.3.2)."""
+
 FUSED_DEVICES = ("cpu", "cuda")
 
 
@@ -22,7 +25,20 @@ def paper_schedule(step: int, total_steps: int) -> float:
 
     The first step has factor 0, and the last one 1 / (20 % of the steps), as in the authors' code.
     """
-    warm_up, decay = int(WARM_UP * total_steps), int(DECAY * total_steps)
+    return _trapezoid(step, total_steps, int(WARM_UP * total_steps), int(DECAY * total_steps))
+
+
+def llama_scope_schedule(step: int, total_steps: int) -> float:
+    """Llama Scope's: linear from 0 over the first 10,000 steps, constant, linear to 0 over the last 20 %.
+
+    A run of under 200,000 steps warms up over 5 % of them, as the paper of RouteSAE does: 10,000 steps might be
+    all there are.
+    """
+    warm_up = min(SCOPE_WARM_UP, int(WARM_UP * total_steps))
+    return _trapezoid(step, total_steps, warm_up, int(DECAY * total_steps))
+
+
+def _trapezoid(step: int, total_steps: int, warm_up: int, decay: int) -> float:
     if step < warm_up:
         return step / warm_up
     if step < total_steps - decay or decay == 0:
@@ -35,7 +51,11 @@ def constant_schedule(step: int, total_steps: int) -> float:
     return 1.0
 
 
-SCHEDULES: dict[str, Callable[[int, int], float]] = {"paper": paper_schedule, "constant": constant_schedule}
+SCHEDULES: dict[str, Callable[[int, int], float]] = {
+    "paper": paper_schedule,
+    "constant": constant_schedule,
+    "llama_scope": llama_scope_schedule,
+}
 """To add a schedule, write a function ``(step, total_steps) -> factor`` and give it an entry."""
 
 

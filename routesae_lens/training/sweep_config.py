@@ -22,11 +22,12 @@ from routesae_lens.training.methods import (
     make_config,
     option_problems,
 )
-from routesae_lens.training.preflight import context_limit
+from routesae_lens.training.preflight import context_limit, run_problems
+from routesae_lens.training.presets import PRESETS, Preset
 from routesae_lens.training.rows import BUFFER_DTYPES
 from routesae_lens.training.schedules import SCHEDULES
 
-LATER = ("buffer_dtype", "autocast_lm")
+LATER = ("buffer_dtype", "autocast_lm", "preset")
 
 
 class SweepMember(NamedTuple):
@@ -60,6 +61,8 @@ class SweepConfig:
             ``{"route": {"loss": "mse"}}``. A method with ``@`` takes those of its base, too. What the
             method's name, the sparsity or the seed sets is no option.
         aux_loss_coefficient: of methods with a k; the paper trains without.
+        preset: name of a recipe in ``presets.PRESETS``. It sets those settings below that are not given, and
+            fields of every method's config where ``options`` do not; every method has to take them.
         training_tokens, context_size, batch_size, lm_batch_size, buffer_tokens, buffer_dtype, autocast_lm, lr,
             schedule, unit_norm_every, exclude_special_tokens, exclude_first_position: see ``train``.
         held_out_sequences: sequences that the evaluation reads.
@@ -76,6 +79,7 @@ class SweepConfig:
     expansion: int = 8
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     aux_loss_coefficient: int | float = 0.0
+    preset: str | None = None
     training_tokens: int
     context_size: int = 128
     batch_size: int = 2048
@@ -83,14 +87,24 @@ class SweepConfig:
     buffer_tokens: int | None = None
     buffer_dtype: str | None = None
     autocast_lm: bool = False
-    lr: int | float = 5e-4
-    schedule: str = "paper"
+    lr: int | float = None  # type: ignore[assignment]  # (None until __post_init__: a preset may set it)
+    schedule: str = None  # type: ignore[assignment]
     unit_norm_every: int | None = None
-    exclude_special_tokens: bool = True
-    exclude_first_position: bool = True
+    exclude_special_tokens: bool = None  # type: ignore[assignment]
+    exclude_first_position: bool = None  # type: ignore[assignment]
     held_out_sequences: int = 64
     eval_batch_size: int = 4
     unscaled: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in self._preset.settings().items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+    @property
+    def _preset(self) -> Preset:
+        """What ``preset`` names; one that sets nothing where it is unknown (:meth:`problems` says so)."""
+        return PRESETS.get(self.preset, Preset()) if isinstance(self.preset, str) else Preset()
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any], methods: Mapping[str, Method] = METHODS) -> SweepConfig:
@@ -110,6 +124,7 @@ class SweepConfig:
         # Not through __init__, so that values of any type can be looked at.
         draft = object.__new__(cls)
         vars(draft).update(defaults | {"training_tokens": 2**40} | values)
+        draft.__post_init__()
         draft._raise(problems + draft.problems(methods))
         return cls(**values)
 
@@ -175,6 +190,8 @@ class SweepConfig:
         if self.buffer_dtype not in [None, *BUFFER_DTYPES]:
             known = ", ".join(BUFFER_DTYPES)
             found.append(f"unknown buffer_dtype {self.buffer_dtype!r}; known: {known}")
+        if self.preset not in [None, *PRESETS]:
+            found.append(f"unknown preset {self.preset!r}; known: {', '.join(PRESETS)}")
         if self.schedule not in list(SCHEDULES):  # (a list compares what cannot be hashed, too)
             found.append(f"unknown schedule {self.schedule!r}; known: {', '.join(SCHEDULES)}")
         if fine("training_tokens", "batch_size") and self.training_tokens < self.batch_size:
@@ -270,7 +287,9 @@ class SweepConfig:
             if model is None and method.needs_model:
                 continue
             tables = {member.method.partition("@")[0]: None, member.method: None}  # the latter counts more
-            given = {"aux_loss_coefficient": self.aux_loss_coefficient} if method.auxiliary else {}
+            given: dict[str, Any] = {}
+            if method.auxiliary:
+                given["aux_loss_coefficient"] = self.aux_loss_coefficient
             for table in tables:
                 given |= self.options.get(table, {})
             label = f"{member.method}, {member.kind} = {_short(member.sparsity)}"
@@ -278,6 +297,7 @@ class SweepConfig:
                 found[f"{label}: more than d_sae = {d_sae}"] = None
                 continue
             try:
+                given = self._with_preset(method, given)
                 configs[member.name] = make_config(
                     member.method,
                     model,
@@ -290,7 +310,20 @@ class SweepConfig:
                 )
             except (ValueError, TypeError) as error:
                 found[f"{label}: {error}"] = None
+                continue
+            steps = self.training_tokens // self.batch_size
+            for problem in run_problems(configs[member.name], steps, self.unit_norm_every):
+                found[f"{label}: {problem}"] = None
         return configs, list(found)
+
+    def _with_preset(self, method: Method, given: dict[str, Any]) -> dict[str, Any]:
+        """Config fields: the preset's, and those given, which win. A field that the method's name sets stays."""
+        if not self._preset.sae:
+            return given
+        if method.config is None:
+            raise ValueError(f"preset {self.preset!r} needs methods that say which config they make")
+        chosen = self._preset.fields_of(method.config, **given)
+        return {name: value for name, value in chosen.items() if name not in method.sets or name in given}
 
 
 def _short(number: int | float) -> str:

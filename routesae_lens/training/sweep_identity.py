@@ -19,7 +19,7 @@ from routesae_lens.backends import backend_of
 from routesae_lens.hook_points import mount_layers, mounted_points, split_layers, unmount_layers
 from routesae_lens.training.checkpoint import flat, same_setting
 from routesae_lens.training.data import TEXT_COLUMNS, TOKEN_COLUMNS
-from routesae_lens.training.record import read_object
+from routesae_lens.training.record import read_object, sae_settings
 from routesae_lens.training.sweep_config import SweepConfig
 from routesae_lens.training.train import model_name
 
@@ -39,10 +39,6 @@ def about_sweep(
 ) -> dict[str, Any]:
     """Everything that decides the numbers, as JSON holds it."""
     backend = backend_of(model)
-    saes = {
-        name: {key: value for key, value in cfg.to_dict().items() if key not in ("metadata", "device")}
-        for name, cfg in configs.items()
-    }
     name = _folder_name(model_name(model))
     about = {
         "config": config.to_dict(),
@@ -54,7 +50,7 @@ def about_sweep(
             "positions": held_out.shape[1],
             "sha256": hashlib.sha256(held_out.cpu().long().numpy().tobytes()).hexdigest(),
         },
-        "saes": saes,
+        "saes": {name: sae_settings(cfg) for name, cfg in configs.items()},
     }
     plain_about: dict[str, Any] = json.loads(json.dumps(about, default=str))
     return plain_about

@@ -23,6 +23,7 @@ from routesae_lens.backends import backend_of
 from routesae_lens.hook_points import mount_layers
 from routesae_lens.saes.route_sae import RouteTrainingSAE
 from routesae_lens.saes.stack import StackFields
+from routesae_lens.saes.transcoder_fields import TranscoderFields
 from routesae_lens.training.data import is_tokenized, load_text
 from routesae_lens.training.interruption import TrainingInterrupted
 from routesae_lens.training.memory import available_memory, estimate_memory, tell_memory
@@ -33,6 +34,7 @@ from routesae_lens.training.preflight import (
     check_space,
     checked_configs,
     context_limit,
+    fit_to_run,
 )
 from routesae_lens.training.record import identity, read_record, record, write_record
 from routesae_lens.training.runner import RouteSAETrainingRunner, RunOptions
@@ -98,7 +100,8 @@ def train(
     """Train one or several SAEs on one pass of a language model, through SAELens' runner.
 
     Several SAEs (RouteSAEs, and ordinary SAELens SAEs whose ``metadata.hook_name`` is set) see the same
-    batches. The run can be stopped by Ctrl-C or SIGTERM and resumed: on CPU the weights then end the same.
+    batches. A recipe of :mod:`~routesae_lens.training.presets` is given as ``**PRESETS["llama_scope"].train``.
+    The run can be stopped by Ctrl-C or SIGTERM and resumed: on CPU the weights then end the same.
 
     Args:
         model: a loaded HookedTransformer, TransformerBridge or HookedProxyLM.
@@ -116,7 +119,8 @@ def train(
         buffer_device: where the buffer is, for instance "cpu" beside SAEs on a GPU; by default with the SAEs.
         autocast_lm: run the language model in bfloat16 where PyTorch deems it safe (SAELens' option).
         lr: learning rate of Adam (0.9, 0.999).
-        schedule: "paper" (5 % linear warm-up, 75 % constant, 20 % linear to 0) or "constant".
+        schedule: "paper" (5 % linear warm-up, 75 % constant, 20 % linear to 0), "llama_scope" (the same with a
+            warm-up of 10,000 steps, in runs of 200,000 and more) or "constant".
         unit_norm_every: set decoder norms to 1 before training and every so many steps, as the authors do
             with 10. None leaves the decoder free.
         seed: of the initial weights (by name, to train the same config with several), the shuffling and torch.
@@ -179,6 +183,7 @@ def train(
     for one in configs.values():
         if getattr(one, "routing", None) == "distilled" and one.uniform_steps is None:
             one.uniform_steps = round(UNIFORM * steps)
+    fit_to_run(configs, steps, unit_norm_every)
     if evaluator is not None and not callable(evaluator):
         raise TypeError(f"evaluator must be callable, for instance a SpliceEvaluator; got {evaluator!r}")
     if isinstance(seed, Mapping) and set(seed) != set(configs):
@@ -315,7 +320,7 @@ def model_name(model: Any) -> str:
 
 
 def _hook_name(model: Any, name: str, cfg: TrainingSAEConfig) -> str:
-    """Where the SAE reads; a multi-layer point is mounted."""
+    """Where the SAE reads; a point over several layers or sites is mounted."""
     if isinstance(cfg, StackFields):
         d_in = cfg.n_layers * cfg.d_model
         backend = backend_of(model)
@@ -325,6 +330,11 @@ def _hook_name(model: Any, name: str, cfg: TrainingSAEConfig) -> str:
                 f"layers), the model has {backend.d_model}; ...TrainingSAEConfig.for_model(model) fits"
             )
         return mount_layers(model, cfg.layers, cfg.site)
+    if isinstance(cfg, TranscoderFields):
+        try:
+            return cfg.mount(model)
+        except ValueError as error:
+            raise ValueError(f"SAE {name!r}: {error}") from None
     if not cfg.metadata.hook_name:
         raise ValueError(f"SAE {name!r}: set cfg.metadata.hook_name to the hook that it shall read")
     return str(cfg.metadata.hook_name)
