@@ -59,7 +59,7 @@ class HandWritten(Subject):
 
     layers = BLOCKS
     point = "point"
-    replaces = ["point"]
+    replaces = ["point"]  # noqa: RUF012
 
     def __init__(self):
         self.sae = SimpleNamespace(
