@@ -258,6 +258,8 @@ def test_bad_input(tiny_hooked, tokens):
         evaluate(sae, tiny_hooked, tokens, exclude_special_tokens=list(range(64)))
     with pytest.raises(ValueError, match=r"no hook .blocks\.9\.hook_z."):
         evaluate(plain_sae("blocks.9.hook_z"), tiny_hooked, tokens)
+    with pytest.raises(ValueError, match=r"layers must be between 0 and 5, got \[9\]"):
+        evaluate(plain_sae("blocks.9.hook_resid_post"), tiny_hooked, tokens)
     with pytest.raises(ValueError, match=r"the model has d_model = 32"):
         evaluate(
             RouteTopKSAE(RouteTopKSAEConfig(d_in=48, d_sae=64, k=8, layers=[1, 2, 4])), tiny_hooked, tokens
@@ -270,6 +272,12 @@ def test_bad_input(tiny_hooked, tokens):
         tiny_hooked.blocks[5].mlp.W_in.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
         evaluate(sae, tiny_hooked, tokens, progress=False)
+
+
+def test_saes_come_by_name(tiny_hooked, tokens, unchecked):
+    for saes in (route_sae(), [route_sae()]):
+        with pytest.raises(ValueError, match=f"expected SAEs by name.*got {type(saes).__name__}"):
+            evaluate_all(saes, tiny_hooked, tokens)
 
 
 def test_without_zero_ablation_there_is_no_loss_recovered(tiny_hooked, tokens):

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens import TopKSAE, TopKSAEConfig, TopKTrainingSAE
+from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainStepInput
 
 from routesae_lens.saes import fast_topk
@@ -28,6 +29,7 @@ from routesae_lens.saes.topk_function import (
     topk_autoencode,
     topk_autoencode_dense,
 )
+from routesae_lens.splice.layer_view import layer_view
 
 
 def parameters(d_in, d_sae, seed, dtype=torch.float64):
@@ -237,6 +239,30 @@ def test_saelens_own_topk_can_be_encoded_too():
     assert is_fast(sae)
     assert not is_fast(TopKSAE(replace(sae.cfg, normalize_activations="layer_norm")))
     assert issubclass(RouteTopKTrainingSAE, TopKTrainingSAE)
+
+
+def test_a_layers_view_keeps_negative_latents():
+    sae = inference_form(route_sae(relu=False, dtype="float32"))
+    torch.nn.init.constant_(sae.b_enc, -10.0)
+    view = layer_view(sae, "blocks.2.hook_resid_post")
+    x = torch.randn(20, 8)
+    assert is_fast(view) and (view.encode(x) < 0).any()
+    code = encode_topk(view, x)
+    torch.testing.assert_close(view.encode(x), torch.zeros(20, 32).scatter(1, code.indices, code.values))
+
+
+@pytest.mark.parametrize(("architecture", "stacked"), [("abstopk", False), ("route_batchtopk", True)])
+def test_subclasses_of_topk_that_choose_otherwise_are_not_fast(architecture, stacked):
+    torch.manual_seed(0)
+    sae_class, config_class = get_sae_training_class(architecture)
+    sae = sae_class(
+        config_class(d_in=24, d_sae=32, k=2.0 if stacked else 2, **({"layers": [1, 2, 4]} if stacked else {}))
+    )
+    assert isinstance(sae, TopKTrainingSAE) and not is_fast(sae)
+    if stacked:  # what the oracle asks
+        x = torch.randn(20, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(sae.autoencode_routed(x), sae.decode(sae.encode_routed(x)))
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")

@@ -144,14 +144,19 @@ def test_special_tokens_do_not_count(tiny_hooked: Any, tokens: torch.Tensor):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": 0}, "window must be 1 or more, got 0"),
-        ({"bars_per_decade": 0}, "bars_per_decade must be 1 or more, got 0"),
+        ({"window": 0}, "window must be an integer, 1 or more; got 0"),
+        ({"window": 1.5}, "window must be an integer, 1 or more; got 1.5"),
+        ({"window": float("nan")}, "window must be an integer"),
+        ({"bars_per_decade": True}, "bars_per_decade must be an integer, 1 or more; got True"),
+        ({"bars_per_decade": 0}, "bars_per_decade must be an integer, 1 or more; got 0"),
         ({"dense_above": 2.0}, "dense_above is a share, between 0 and 1; got 2"),
         ({"silent_limit": -1.0}, "silent_limit is a share"),
         ({"batch_size": 0}, "batch_size must be 1 or more"),
     ],
 )
-def test_bad_options(tiny_hooked: Any, tokens: torch.Tensor, options: dict[str, Any], message: str):
+def test_bad_options(
+    tiny_hooked: Any, tokens: torch.Tensor, options: dict[str, Any], message: str, unchecked: None
+):
     with pytest.raises(ValueError, match=message):
         firing_frequencies({"sae": ordinary_sae(HOOK)}, tiny_hooked, tokens, **options)
 

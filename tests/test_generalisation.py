@@ -319,6 +319,19 @@ def test_bad_conversations(chatty: Any, tiny_hooked: Any):
         conversation_tokens(chatty, [CHAT], context_size=16)
 
 
+@pytest.mark.parametrize("document", [None, {"text": "A text."}, [1.5] * 9, [[3] * 9], [True] * 9])
+def test_documents_that_are_none(tiny_hooked: Any, document: Any, unchecked: None):
+    with pytest.raises(ValueError, match="expected a text or a row of token ids as a document, got"):
+        long_documents(tiny_hooked, [document], length=8)
+    with pytest.raises(ValueError, match="expected a list of documents, got one text"):
+        long_documents(tiny_hooked, "A text.", length=8)
+
+
+def test_a_list_of_models(tiny_hooked: Any, tokens: torch.Tensor, unchecked: None):
+    with pytest.raises(ValueError, match="two or more models by name, got list"):
+        compare_models({"sae": make_sae()}, [tiny_hooked, tiny_hooked], tokens)  # type: ignore[arg-type]
+
+
 def test_bad_conversations_unchecked(chatty: Any, unchecked: None):
     with pytest.raises(ValueError, match="expected a list of conversations, got str"):
         conversation_tokens(chatty, "Hello", context_size=16)

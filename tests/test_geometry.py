@@ -145,6 +145,11 @@ BAD_SEARCHES = {
     "width": (lambda: nearest_across(E, torch.eye(4)), "rows of 3 and of 4 numbers have no cosine"),
     "empty": (lambda: nearest_within(torch.zeros(0, 3)), r"one or more, got shape \(0, 3\)"),
     "nan": (lambda: nearest_across(E, NAN), "not finite"),
+    "an SAE": (lambda: best_matches(torch.nn.Linear(2, 2), E), r"a tensor, got Linear; decoder_directions\(sae\)"),  # type: ignore[arg-type]
+    "half a latent": (lambda: nearest_within(E, 1, latents=[1.5]), r"latents must be 0 to 2, got \[1.5\]"),  # type: ignore[list-item]
+    "numbers of latents": (lambda: nearest_within(E, 1, among=torch.arange(3)), "of 3 latents, got torch.int64"),
+    "no number": (lambda: cosine_bound(float("nan"), 4), "2 or more features"),  # type: ignore[arg-type]
+    "names": (lambda: match_distribution(E, E, names=("a",)), r"names must be of two dictionaries, got \('a',\)"),  # type: ignore[arg-type]
     "bound": (lambda: cosine_bound(1, 10), "2 or more features in 1 or more dimensions, got 1 in 10"),
     "no cosines": (lambda: cumulative(torch.zeros(0)), "of no cosines"),
     "dead": (lambda: match_distribution(E, 0 * E, progress=False), r"without any living latent: \(3, 0\)"),
@@ -342,7 +347,9 @@ BAD_MAPS: dict[str, tuple[dict[str, Any], str]] = {
     "zeros": ({"latent": 3}, "latent 3 of '8x TopK' is a row of zeros"),
     "few": ({"neighbours": {"8x TopK": 2}}, "a map needs 4 points or more, got 3"),
     "n_neighbors": ({"n_neighbors": 1}, "n_neighbors of 2 or more"),
-    "min_dist": ({"min_dist": -0.1}, "min_dist of 0 or more"),
+    "min_dist": ({"min_dist": -0.1}, "min_dist from 0 to 1, got 15 and -0.1"),
+    "min_dist beyond": ({"min_dist": 3.0}, "min_dist from 0 to 1"),
+    "min_dist nan": ({"min_dist": float("nan")}, "min_dist from 0 to 1"),
     "width": (
         {"dictionaries": dictionaries() | {"32x TopK": torch.eye(9)}},
         "rows of 32 and of 9 numbers have no cosine",

@@ -428,6 +428,21 @@ def test_bad_types(tiny_hooked, unchecked):
             to_jumprelu(plain(), model, CALIBRATION, k="6", **QUIET)
 
 
+@pytest.mark.parametrize("factor", [0, -1.0, float("nan"), True, "2"])
+def test_an_input_scale_that_cannot_be(factor, tiny_hooked, unchecked):
+    sae = plain(normalize_activations="expected_average_only_in")
+    with (
+        Idle(tiny_hooked) as model,
+        pytest.raises(ValueError, match="scaling_factor must be a positive number"),
+    ):
+        to_jumprelu(sae, model, CALIBRATION, scaling_factor=factor, **QUIET)
+
+
+def test_a_comparison_takes_the_conversion(tiny_hooked, unchecked):
+    with pytest.raises(ValueError, match="expected the Conversion that to_jumprelu gives, got TopKSAE"):
+        compare_conversion(plain(), tiny_hooked, CALIBRATION)
+
+
 def test_more_than_are_ever_positive(tiny_hooked):
     sae = plain()
     sae.b_enc.data.fill_(-100)

@@ -374,6 +374,16 @@ def test_configs_that_cannot_be(architecture: str, fields: dict[str, Any], messa
         config(architecture, **fields)
 
 
+@pytest.mark.parametrize("architecture", sorted(ANNEALED))
+@pytest.mark.parametrize(
+    "fields", [{"d_sae": "48"}, {"d_sae": 48.0}, {"d_sae": 0}, {"d_in": None}, {"k": "3"}]
+)
+def test_wrong_types_in_configs(architecture: str, fields: dict[str, Any], unchecked: None):
+    (name,) = fields
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        config(architecture, **fields)
+
+
 @pytest.mark.parametrize("k", [2.5, True, "3"])
 def test_the_k_of_an_ordinary_sae_is_an_integer(k: Any, unchecked: None):
     with pytest.raises(ValueError, match="k must be an integer, got"):

@@ -11,6 +11,7 @@ from sae_lens.saes.sae import TrainStepInput
 from routesae_lens.saes import layers as module
 from routesae_lens.saes import stack as stacks
 from routesae_lens.saes.architectures import RouteTopKTrainingSAE, RouteTopKTrainingSAEConfig
+from routesae_lens.saes.crosscoder import CrosscoderTopKTrainingSAE, CrosscoderTopKTrainingSAEConfig
 from routesae_lens.saes.layers import Layers, standardize
 
 N, L, D = 37, 4, 12
@@ -70,6 +71,13 @@ def sae(**kwargs) -> RouteTopKTrainingSAE:
     )
 
 
+def crosscoder() -> CrosscoderTopKTrainingSAE:
+    torch.manual_seed(0)
+    return CrosscoderTopKTrainingSAE(
+        CrosscoderTopKTrainingSAEConfig(d_in=L * D, d_sae=32, k=3, layers=[0, 1, 2, 3])
+    )
+
+
 @pytest.mark.parametrize(
     "routing, held", [("hard", False), ("random", False), ("distilled", False), ("soft", True)]
 )
@@ -78,8 +86,8 @@ def test_a_step_holds_the_standardised_layers_only_for_mixtures(routing, held):
     dead = torch.zeros(32, dtype=torch.bool)
     output = sae(routing=routing).training_forward_pass(TrainStepInput(batch, {}, dead, 0, False))
     output.loss.backward()
-    assert stacks._memo.layers is not None
-    assert (stacks._memo.layers._x is not None) == held
+    assert stacks._memo.known is not None
+    assert (stacks._memo.known.layers._x is not None) == held
 
 
 def test_saes_share_the_layers_of_one_stack_for_as_long_as_it_lives_unchanged():
@@ -96,4 +104,50 @@ def test_saes_share_the_layers_of_one_stack_for_as_long_as_it_lives_unchanged():
     one.layers_of(batch)
     del batch
     gc.collect()
-    assert stacks._memo.layers is None
+    assert stacks._memo.known is None
+
+
+def zero_first(x: torch.Tensor, hook: object = None) -> torch.Tensor:
+    x[..., 0] = 0
+    return x
+
+
+@pytest.mark.parametrize("crosscoded", [True, False])
+def test_what_a_hook_edits_in_place_is_not_read_again(crosscoded):
+    batch = raw().flatten(1)
+    one = crosscoder() if crosscoded else sae(routing="every")
+    clean = one.encode(batch)
+    with torch.no_grad(), one.hooks(fwd_hooks=[("hook_sae_input", zero_first)]):
+        assert not torch.equal(one.encode(batch), clean)
+    assert torch.equal(one.encode(batch), clean)
+
+
+@pytest.mark.parametrize("standardized", [True, False])
+def test_edits_of_what_the_layers_give_out_are_noticed(standardized):
+    batch = raw().flatten(1)
+    for name in ("x", "total"):
+        layers = stacks.layers_once(
+            batch.bfloat16() if name == "x" else batch, torch.float32, L, standardized
+        )
+        assert not layers.edited
+        getattr(layers, name).mul_(2)
+        assert layers.edited
+    again = stacks.layers_once(batch, torch.float32, L, standardized)
+    assert again is not layers
+    assert torch.equal(again.total, Layers(batch.view(N, L, D), standardized=standardized).total)
+
+
+def test_layers_made_in_inference_mode_are_not_trained_on():
+    batch, one = raw().flatten(1), sae(routing="soft")
+    layers = one.layers_of(batch)
+    with torch.inference_mode():
+        layers.x  # noqa: B018
+    dead = torch.zeros(32, dtype=torch.bool)
+    one.training_forward_pass(TrainStepInput(batch, {}, dead, 0, False)).loss.backward()
+    assert one.W_router.grad is not None
+
+
+def test_one_number_cannot_be_standardised():
+    with pytest.raises(ValueError, match="d_model of 2 or more, got 1"):
+        RouteTopKTrainingSAEConfig(d_in=L, d_sae=32, k=3, layers=[0, 1, 2, 3])
+    RouteTopKTrainingSAEConfig(d_in=L, d_sae=32, k=3, layers=[0, 1, 2, 3], standardize=False)

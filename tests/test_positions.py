@@ -176,6 +176,7 @@ def test_a_transcoder_and_a_point_of_the_same_sites_share_the_hook(tiny_hooked):
         (([1], ("R", "X")), r"positions must be some of R, A, M, TC, each once; got \['R', 'X'\]"),
         (([1], ("R", "R")), "each once"),
         (([1], ()), "positions must be some of"),
+        (([1], "RAM"), r"positions must be some of .* got \['RAM'\]"),
     ],
 )
 def test_bad_input(tiny_hooked, arguments, message):

@@ -20,6 +20,8 @@ from routesae_lens.saes.architectures import (
 )
 from routesae_lens.saes.crosscoder import CrosscoderBatchTopKTrainingSAEConfig
 from routesae_lens.saes.k_annealing import AnnealedTopKTrainingSAEConfig
+from routesae_lens.saes.transcoder import TopKTranscoderTrainingSAEConfig
+from routesae_lens.training.positions import scope_configs
 from routesae_lens.training.presets import DEFAULTS, PRESETS, Preset, find_preset
 from routesae_lens.training.sweep import SweepResult
 from routesae_lens.training.sweep_config import SweepConfig
@@ -58,6 +60,13 @@ def test_fields_that_are_given_win_and_standardised_layers_get_no_scale():
         assert SCOPE.fields_of(config, **scaled) == {**fields, **scaled}
     given = {"init": "saelens", "k_anneal_steps": 7, "k": 3}
     assert SCOPE.fields_of(AnnealedTopKTrainingSAEConfig, **given) == {**SCOPE.sae, **given}
+
+
+def test_a_transcoder_has_its_own_scales(tiny_hooked: HookedTransformer):
+    config = TopKTranscoderTrainingSAEConfig
+    cfg = config.for_model(tiny_hooked, layer=2, d_sae=64, k=4, **SCOPE.fields_of(config))
+    assert (cfg.normalize, cfg.normalize_activations, cfg.k_anneal_steps) == (True, "none", None)
+    assert cfg == scope_configs(tiny_hooked, [2], "TC", d_sae=64, k=4)["L2TC"]
 
 
 @pytest.mark.parametrize("config", [TopKTrainingSAEConfig, RouteJumpReLUTrainingSAEConfig])

@@ -293,6 +293,7 @@ BAD_RUNS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "small buffer": ({"buffer_tokens": 63}, "63 tokens. must hold at least two training batches of 32"),
     "bad rate": ({"lr": 0.0}, "lr must be positive"),
+    "no rate": ({"lr": float("nan")}, "lr must be positive and finite, got nan"),
     "schedule": ({"schedule": "cosine"}, "known: paper, constant"),
     "bad name": ({"configs": lambda m: {"a/b": config(m)}}, "'a/b' cannot be the name of an SAE"),
     "no hook": ({"configs": hookless}, "set cfg.metadata.hook_name"),

@@ -266,6 +266,25 @@ def test_calibration_hits_k(unchecked):
         calibrate(inference_form(made("standard")), lambda: [], 1, tolerance=1)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("n", "width", "k", "tolerance", "message"),
+    [
+        (400, READ, 0, 0.1, "k must be a positive number of latents per token, got 0"),
+        (400, READ, float("nan"), 0.1, "k must be a positive number"),
+        (400, READ, 13, 0.5, "k = 13 latents per token cannot be active in an SAE with d_sae = 12"),
+        (400, READ, 2, float("nan"), "tolerance must be a positive number"),
+        (199, READ, 2, 0.1, "too short for the tolerance asked: 199 tokens count.*needs 200"),
+        (400, OUT, 2, 0.1, r"reads 6 values per token, got shape \(400, 4\)"),
+    ],
+)
+def test_a_refused_calibration_changes_nothing(n, width, k, tolerance, message, unchecked):
+    form: Any = inference_form(made())
+    before = form.threshold.clone()
+    with pytest.raises(ValueError, match=message):
+        calibrate(form, lambda: [data(n)[:, :width]], k, tolerance=tolerance)
+    assert torch.equal(form.threshold, before)
+
+
 # --- Bad input ---------------------------------------------------------------------------------------------
 
 
@@ -277,6 +296,8 @@ def test_calibration_hits_k(unchecked):
         ({"k": 13}, "k must be an integer between 1 and d_sae = 12, got 13"),
         ({"k": 0}, "k must be an integer between 1 and d_sae = 12, got 0"),
         ({"layer": -1}, "layer must be an integer, 0 or more; got -1"),
+        ({"topk_threshold_lr": -0.1}, "topk_threshold_lr must be a number from 0 to 1, got -0.1"),
+        ({"topk_threshold_lr": float("nan")}, "topk_threshold_lr must be a number from 0 to 1"),
         ({"norm_batches": 0}, "norm_batches must be an integer, 1 or more"),
         ({"skip": 1}, "skip must be True or False, got 1"),
         (

@@ -108,9 +108,10 @@ def _saelens_step(sae: Any, size: Size, device: str, layers: int, *, fused: bool
     # fused as our runner sets it; SAELens' own trainer leaves torch's default
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True if fused else None)
     dead = torch.zeros(size.width, dtype=torch.bool, device=device)
-    step_input = TrainStepInput(batch, {}, dead, 0, False)
 
     def run() -> None:
+        # (a new tensor each time, as in training: SAEs share what they make of the very same one)
+        step_input = TrainStepInput(batch.detach(), {}, dead, 0, False)
         with mixed_precision(device):
             loss = sae.training_forward_pass(step_input).loss
         loss.backward()

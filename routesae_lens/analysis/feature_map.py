@@ -111,9 +111,9 @@ def feature_map(
         )
     if negative := {name: n for name, n in neighbours.items() if n < 0}:
         raise ValueError(f"neighbours must be 0 or more of each dictionary, got {negative}")
-    if n_neighbors < 2 or min_dist < 0:
+    if n_neighbors < 2 or not 0 <= min_dist <= 1:  # (1 is UMAP's spread)
         raise ValueError(
-            f"expected n_neighbors of 2 or more and min_dist of 0 or more, got {n_neighbors} and {min_dist}"
+            f"expected n_neighbors of 2 or more and min_dist from 0 to 1, got {n_neighbors} and {min_dist}"
         )
     home = dictionaries[dictionary]
     if not 0 <= latent < len(home):
@@ -128,9 +128,9 @@ def feature_map(
         if n == 0:
             continue
         if name == dictionary:
-            near = nearest_within(home, n, latents=[latent])
+            near = nearest_within(home, n, latents=[latent], progress=False)
         else:
-            near = nearest_across(feature, dictionaries[name], n)
+            near = nearest_across(feature, dictionaries[name], n, progress=False)
         pairs = zip(near.latents[0].tolist(), near.cosines[0].tolist(), strict=True)
         here = [(name, other, cosine) for other, cosine in pairs if other >= 0]
         found += here

@@ -145,8 +145,8 @@ def firing_frequencies(
         ValueError: an option out of its range, or as ``evaluate_all``.
     """
     for name, number in (("window", window), ("bars_per_decade", bars_per_decade)):
-        if number < 1:
-            raise ValueError(f"{name} must be 1 or more, got {number}")
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name} must be an integer, 1 or more; got {number!r}")
     shares = {"silent_limit": silent_limit, "dense_above": dense_above, "dense_limit": dense_limit}
     for name, share in shares.items():
         if not 0 <= share <= 1:

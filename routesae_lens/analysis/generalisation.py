@@ -223,16 +223,18 @@ def long_documents(
 
     Raises:
         ValueError: a ``length`` beyond the model's context, texts without a tokenizer, and no document, or fewer
-            than ``n_documents``, of that length.
+            than ``n_documents``, of that length, or documents that are neither text nor token ids.
     """
     if length < 2:
         raise ValueError(f"length must be 2 or more, got {length}")
     if n_documents is not None and n_documents < 1:
         raise ValueError(f"n_documents must be 1 or more, got {n_documents}")
     check_context(length, model)
+    if isinstance(documents, str):
+        raise ValueError("expected a list of documents, got one text")
     rows, skipped = [], 0
     for document in documents:
-        ids = _read(model, document) if isinstance(document, str) else torch.as_tensor(document)
+        ids = _read(model, document)
         if len(ids) < length:
             skipped += 1
             continue
@@ -249,11 +251,23 @@ def long_documents(
     return LongDocuments(tokens, skipped)
 
 
-def _read(model: Any, text: str) -> Int[Tensor, " pos"]:
+def _read(model: Any, document: Any) -> Int[Tensor, " pos"]:
+    if not isinstance(document, str):
+        return _ids(document)
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise ValueError("the model has no tokenizer; give token ids instead of text")
     # verbose=False: a text longer than the tokenizer's model_max_length is what is wanted here
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    read = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
     bos = tokenizer.bos_token_id
-    return torch.tensor(ids if bos is None else [bos, *ids], dtype=torch.long)
+    return torch.tensor(read if bos is None else [bos, *read], dtype=torch.long)
+
+
+def _ids(document: Any) -> Int[Tensor, " pos"]:
+    try:
+        ids = torch.as_tensor(document)
+    except (TypeError, ValueError, RuntimeError):
+        ids = None
+    if ids is None or ids.ndim != 1 or (len(ids) and (ids.is_floating_point() or ids.dtype == torch.bool)):
+        raise ValueError(f"expected a text or a row of token ids as a document, got {str(document)[:100]}")
+    return ids.long()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def nearest_within(
     *,
     latents: Sequence[int] | None = None,
     among: Bool[Tensor, " d_sae"] | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Neighbours:
     """The ``n`` most similar other latents of the same dictionary; of equal ones any.
 
@@ -120,7 +121,7 @@ def nearest_across(
     *,
     latents: Sequence[int] | None = None,
     among: Bool[Tensor, " d_to"] | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Neighbours:
     """The ``n`` latents of ``W_to`` most similar to each of ``W_from``; otherwise as :func:`nearest_within`.
 
@@ -131,7 +132,7 @@ def nearest_across(
 
 
 def best_matches(
-    W_from: Float[Tensor, "d_from d"], W_to: Float[Tensor, "d_to d"], *, progress: bool = False
+    W_from: Float[Tensor, "d_from d"], W_to: Float[Tensor, "d_to d"], *, progress: bool = True
 ) -> BestMatches:
     """For every latent of ``W_from`` the most similar one of ``W_to``.
 
@@ -152,7 +153,7 @@ def cosine_bound(n_features: int, d: int) -> float:
     Raises:
         ValueError: fewer than 2 features or no dimension.
     """
-    if n_features < 2 or d < 1:
+    if not (2 <= n_features < math.inf and 1 <= d < math.inf):
         raise ValueError(f"expected 2 or more features in 1 or more dimensions, got {n_features} in {d}")
     return math.sqrt(12 * math.log(n_features) / d)
 
@@ -180,12 +181,16 @@ def _nearest(
     check_pair(W_from, W_to)
     if n < 1:
         raise ValueError(f"n must be 1 or more, got {n}")
-    if latents is not None and not all(0 <= latent < len(W_from) for latent in latents):
+    if latents is not None and not all(
+        isinstance(latent, Integral) and 0 <= latent < len(W_from) for latent in latents
+    ):
         raise ValueError(f"latents must be 0 to {len(W_from) - 1}, got {list(latents)}")
     if latents is not None and not len(latents):
         raise ValueError("no latents were given whose neighbours to look for")
-    if among is not None and among.shape != (len(W_to),):
-        raise ValueError(f"among must say yes or no of {len(W_to)} latents, got shape {tuple(among.shape)}")
+    if among is not None and (among.dtype != torch.bool or among.shape != (len(W_to),)):
+        raise ValueError(
+            f"among must say yes or no of {len(W_to)} latents, got {among.dtype} of shape {tuple(among.shape)}"
+        )
     device = W_from.device
     asked = torch.arange(len(W_from)) if latents is None else torch.tensor(list(latents), dtype=torch.long)
     among = torch.ones(len(W_to), dtype=torch.bool) if among is None else among
@@ -230,9 +235,14 @@ def check_pair(W_from: Float[Tensor, "_ _"], W_to: Float[Tensor, "_ _"]) -> None
     """Refuse dictionaries that have no cosines, before long work.
 
     Raises:
-        ValueError: no rows, numbers that are not finite, or rows of different length.
+        ValueError: no tensors, no rows, numbers that are not finite, or rows of different length.
     """
     for W_dec in (W_from,) if W_from is W_to else (W_from, W_to):
+        if not isinstance(W_dec, Tensor):
+            raise ValueError(
+                f"expected decoder rows as a tensor, got {type(W_dec).__name__}; decoder_directions(sae) takes those "
+                "of an SAE"
+            )
         if W_dec.ndim != 2 or 0 in W_dec.shape:
             raise ValueError(f"expected decoder rows (d_sae, d), one or more, got shape {tuple(W_dec.shape)}")
         for rows in W_dec.detach().split(COLUMNS_AT_ONCE):

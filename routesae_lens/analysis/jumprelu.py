@@ -16,6 +16,7 @@ Which latents pass should depend on the quantity by which TopK ranked them, and 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -194,7 +195,12 @@ def compare_conversion(
         model: the language model.
         tokens: held-out token ids, not those of the calibration.
         options: go to :func:`evaluate_all`.
+
+    Raises:
+        ValueError: no Conversion, or as :func:`evaluate_all`.
     """
+    if not isinstance(conversion, Conversion):
+        raise ValueError(f"expected the Conversion that to_jumprelu gives, got {type(conversion).__name__}")
     saes = {"before": conversion.topk, "after": conversion.sae}
     return Comparison(**evaluate_all(saes, model, tokens, **options))
 
@@ -236,7 +242,7 @@ def _scale_folded(sae: SAE[Any], scaling_factor: int | float | None) -> SAE[Any]
     """``sae``, or where it expects scaled inputs a copy for the model's own.
 
     Raises:
-        ValueError: the input scale is needed and not given, or given and not needed.
+        ValueError: the input scale is needed and not given, given and not needed, or not a positive number.
     """
     scaled = sae.cfg.normalize_activations == "expected_average_only_in"
     if isinstance(sae, StackSAE) and sae.cfg.standardize:
@@ -247,6 +253,9 @@ def _scale_folded(sae: SAE[Any], scaling_factor: int | float | None) -> SAE[Any]
             "go together: 'expected_average_only_in' needs the factor of the run, nothing else has one"
         )
     if scaling_factor is not None:
+        known = isinstance(scaling_factor, int | float) and not isinstance(scaling_factor, bool)
+        if not known or not 0 < scaling_factor < math.inf:
+            raise ValueError(f"scaling_factor must be a positive number, got {scaling_factor!r}")
         sae = copy.deepcopy(sae)
         sae.fold_activation_norm_scaling_factor(scaling_factor)
     return sae

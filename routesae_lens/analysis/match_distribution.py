@@ -136,8 +136,11 @@ def match_distribution(
 
     Raises:
         ValueError: rows of different length, a dictionary without living latents, fewer than 2 latents in the
-            wider one, no seeds or a repeated one, a quantile outside 0 to 1, or ``matches`` of another width.
+            wider one, no seeds or a repeated one, a quantile outside 0 to 1, other than two names, or
+            ``matches`` of another width.
     """
+    if isinstance(names, str) or len(names) != 2:
+        raise ValueError(f"names must be of two dictionaries, got {names!r}")
     if not 0 < quantile < 1:
         raise ValueError(f"quantile must lie between 0 and 1, got {quantile}")
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:

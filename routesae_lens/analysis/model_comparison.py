@@ -65,8 +65,9 @@ def compare_models(
         ValueError: fewer than two models, models that differ in width, depth or the meaning of the tokens (it says
             in which); or as ``evaluate_all``.
     """
-    if len(models) < 2:
-        raise ValueError(f"expected two or more models by name, got {list(models)}")
+    if not isinstance(models, Mapping) or len(models) < 2:
+        got = list(models) if isinstance(models, Mapping) else type(models).__name__
+        raise ValueError(f"expected two or more models by name, got {got}")
     for model in models.values():
         check_tokens(tokens, model)
     if different := _differences(models, tokens):

@@ -46,8 +46,10 @@ def subjects_of(saes: Mapping[str, SAE[Any]], model: Any) -> dict[str, Subject]:
     """The SAEs ready to read this model; their multi-layer points are mounted.
 
     Raises:
-        ValueError: no SAEs, or one that does not fit the model or is not finite.
+        ValueError: no SAEs, not a mapping of them, or one that does not fit the model or is not finite.
     """
+    if not isinstance(saes, Mapping):
+        raise ValueError(f'expected SAEs by name, such as {{"mine": sae}}; got {type(saes).__name__}')
     if not saes:
         raise ValueError("no SAEs given")
     if attached := sorted(getattr(model, "acts_to_saes", {})):

@@ -12,7 +12,15 @@ from jaxtyping import Float, Int
 from sae_lens import SAE, TrainingSAE, Transcoder
 from torch import Tensor
 
-from routesae_lens.hook_points import SITES, join_layers, layer_hook_name, mount_sites, split_layers
+from routesae_lens.backends import backend_of
+from routesae_lens.hook_points import (
+    SITES,
+    check_layers,
+    join_layers,
+    layer_hook_name,
+    mount_sites,
+    split_layers,
+)
 from routesae_lens.saes.crosscoder import Crosscoder
 from routesae_lens.saes.fast_topk import Latents, decode_fast, encode_fast
 from routesae_lens.saes.layers import standardize
@@ -219,7 +227,9 @@ class _PlainSubject:
         if name is None or sae.cfg.metadata.hook_name_out not in (None, name):
             raise ValueError(f"expected an SAE that reads and writes one hook, got hook_name={name!r}")
         match = re.search(r"\.(\d+)\.(\w+)$", name)
-        if match and match[2] in SITES:  # the same place under the name this backend knows it by
+        if match and match[2] in SITES:
+            check_layers([int(match[1])], backend_of(model).n_layers)
+            # the same place under the name this backend knows it by
             name = layer_hook_name(model, int(match[1]), match[2])
         if name not in model.hook_dict:
             raise ValueError(f"the model has no hook {name!r} for this SAE")

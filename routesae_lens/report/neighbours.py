@@ -51,7 +51,7 @@ def nearest_by_cosine(
         ids: latents whose neighbours are looked for.
         among: latents that may be neighbours.
     """
-    near = nearest_within(W_dec, n, latents=ids, among=among)
+    near = nearest_within(W_dec, n, latents=ids, among=among, progress=False)
     return {
         latent: [(other, cosine) for other, cosine in zip(others, cosines, strict=True) if other >= 0]
         for latent, others, cosines in zip(ids, near.latents.tolist(), near.cosines.tolist(), strict=True)

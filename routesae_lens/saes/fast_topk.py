@@ -14,8 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE, TopKSAE, TopKTrainingSAE, TrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.topk_sae import TopK
 from torch import Tensor
 
+from routesae_lens.saes.signed_topk import SignedTopK
 from routesae_lens.saes.topk_function import (
     TopKCode,
     TopKOutput,
@@ -33,11 +35,13 @@ and holds less, 25 numbers for every kept latent against 8 for every latent."""
 def is_fast(sae: Any) -> bool:
     """Whether the sparse form is right for ``sae`` here and now.
 
-    It is not for SAEs without TopK, with hooks (which see dense latents), with bfloat16 weights, with SAELens'
+    It is not for SAEs without TopK (SAELens' BatchTopK and AbsTopK are subclasses of it that choose otherwise), with
+    hooks (which see dense latents), with bfloat16 weights, with SAELens'
     run-time normalisations, under ``torch.compile``, and on devices other than CPU and CUDA.
     """
     return (
         isinstance(sae, TopKSAE | TopKTrainingSAE)
+        and type(sae.activation_fn) in (TopK, SignedTopK)
         and not torch.compiler.is_compiling()
         and sae.W_enc.device.type in DEVICES
         and sae.W_enc.dtype in (torch.float32, torch.float64)
@@ -69,7 +73,7 @@ def encode_topk(sae: SAE[Any], x: Float[Tensor, "batch d_in"]) -> TopKCode:
         sae.W_enc,
         sae.b_enc,
         _k(sae),
-        relu=getattr(sae.cfg, "relu", True),
+        relu=_relu(sae),
         norm=norm,
     )
     return code if norm is None else code._replace(values=code.values * norm[code.indices])
@@ -86,6 +90,11 @@ def decode_topk(sae: SAE[Any], code: TopKCode) -> Float[Tensor, "batch d_in"]:
 def _k(sae: Any) -> int:
     """Latents per token now: the activation function's, which K-annealing changes from step to step."""
     return int(sae.activation_fn.k)
+
+
+def _relu(sae: Any) -> bool:
+    """(not from the config: that of a layer's view is SAELens' own, which has no such field)"""
+    return not isinstance(sae.activation_fn, SignedTopK)
 
 
 def _norm(sae: SAE[Any]) -> Tensor | None:
@@ -175,7 +184,7 @@ class FastTopK(TrainingSAE[Any]):
             self.W_dec,
             self.b_dec,
             _k(self),
-            relu=getattr(self.cfg, "relu", True),
+            relu=_relu(self),
             weight_by_norm=self.cfg.rescale_acts_by_decoder_norm,
             subtract_b_dec=self.cfg.apply_b_dec_to_input,
             dead=dead,

@@ -61,7 +61,7 @@ class ScopeFields:
             so sqrt(2 L D / F) over all L: with either, decoding what was encoded gives about the input.
 
     Raises:
-        ValueError: a k or ``k_start`` that cannot be, negative steps, unknown kinds, or
+        ValueError: widths, a k or ``k_start`` that cannot be, negative steps, unknown kinds, or
             ``decoder_init_norm`` beside ``init="llama_scope"``.
     """
 
@@ -71,13 +71,16 @@ class ScopeFields:
     init: Init = "saelens"
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[misc]
         cfg: Any = self
+        for name in ("d_in", "d_sae"):
+            if not _is_integer(getattr(cfg, name)) or getattr(cfg, name) < 1:
+                raise ValueError(f"{name} must be an integer, 1 or more; got {getattr(cfg, name)!r}")
+        if not _is_number(cfg.k) or not 0 < cfg.k <= cfg.d_sae:  # before other bases compare it
+            raise ValueError(f"k must be between 1 and d_sae = {cfg.d_sae}, got {cfg.k!r}")
+        super().__post_init__()  # type: ignore[misc]
         for name, known in (("k_anneal", get_args(Anneal)), ("init", get_args(Init))):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
-        if not _is_number(cfg.k) or not 0 < cfg.k <= cfg.d_sae:
-            raise ValueError(f"k must be between 1 and d_sae = {cfg.d_sae}, got {cfg.k!r}")
         steps, start = self.k_anneal_steps, self.k_start
         if steps is not None and (not _is_integer(steps) or steps < 0):
             raise ValueError(f"k_anneal_steps must be a number of steps, 0 or more; got {steps!r}")

@@ -96,13 +96,24 @@ class Layers:
         self.raw, self.standardized = raw, standardized
         self.shape = raw.shape
         # (plain attributes: torch.compile cannot trace functools.cached_property)
-        self._x: Tensor | None = None if standardized else raw
+        self._made: list[tuple[Tensor, int]] = []
+        self._x: Tensor | None = None if standardized else self._given_out(raw)
         self._total: Tensor | None = None
 
     @classmethod
     def of(cls, x: Layers | Float[Tensor, "*batch layer d_model"]) -> Layers:
         """``x``, or a tensor of layers that are read as they are."""
         return x if isinstance(x, Layers) else cls(x, standardized=False)
+
+    def _given_out(self, made: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():  # (what is made there is not kept)
+            self._made.append((made, -1 if made.is_inference() else made._version))
+        return made
+
+    @property
+    def edited(self) -> bool:
+        """Whether something they gave out was edited in place, or made in inference mode: of no use elsewhere."""
+        return any(made.is_inference() or made._version != version for made, version in self._made)
 
     def __getitem__(self, tokens: slice) -> Layers:
         """The same of some tokens (along the first dimension)."""
@@ -112,7 +123,7 @@ class Layers:
     def x(self) -> Float[Tensor, "*batch layer d_model"]:
         """All of them."""
         if self._x is None:
-            self._x = standardize(self.raw).x
+            self._x = self._given_out(standardize(self.raw).x)
         return self._x
 
     def layer(self, index: int) -> Float[Tensor, "*batch d_model"]:
@@ -123,7 +134,7 @@ class Layers:
     def total(self) -> Float[Tensor, "*batch d_model"]:
         """Their sum."""
         if self._total is None:
-            self._total = self._sum()
+            self._total = self._given_out(self._sum())
         return self._total
 
     def _sum(self) -> Tensor:

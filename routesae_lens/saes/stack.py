@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -59,6 +59,8 @@ class StackFields:
             raise ValueError(
                 f"d_in must be len(layers) * d_model: {cfg.d_in} is not a multiple of {self.n_layers} layers"
             )
+        if self.standardize and self.d_model < 2:
+            raise ValueError(f"standardize=True needs a d_model of 2 or more, got {self.d_model}")
         if cfg.normalize_activations not in ("none", "expected_average_only_in"):
             raise ValueError(
                 f"normalize_activations={cfg.normalize_activations!r} does not work on a stack of layers; "
@@ -229,16 +231,23 @@ class StackTrainingSAE(StackSAE, TrainingSAE[Any]):
         )
 
 
-class _Memo:
-    """The layers of the last stack: many SAEs read the same one in a training step."""
+class _Known(NamedTuple):
+    source: weakref.ref[Tensor]
+    key: Any
+    layers: Layers
 
-    source: weakref.ref[Tensor] | None = None
-    key: Any = None
-    layers: Layers | None = None
+
+class _Memo:
+    """The layers of the last stack: many SAEs read the same one in a training step.
+
+    They are one attribute, so that a thread sees those of another stack or its own, and never half of each.
+    """
+
+    known: _Known | None = None
 
     def forget(self, source: Any) -> None:
-        if self.source is source:
-            self.source = self.key = self.layers = None
+        if self.known is not None and self.known.source is source:
+            self.known = None
 
 
 _memo = _Memo()
@@ -247,7 +256,8 @@ _memo = _Memo()
 def layers_once(
     stack: Float[Tensor, "*batch stacked"], dtype: torch.dtype, n_layers: int, standardized: bool
 ) -> Layers:
-    """The :class:`Layers` of ``stack``, the same object for as long as the very same stack lives unchanged.
+    """The :class:`Layers` of ``stack``, the same object for as long as the very same stack lives unchanged (and
+    nothing they gave out was edited in place, as hooks do).
 
     They are made anew for a stack that needs gradients, and in inference mode (no version counter, and what is
     made there is of no use outside).
@@ -255,11 +265,11 @@ def layers_once(
     anew = torch.compiler.is_compiling() or stack.requires_grad
     if anew or stack.is_inference() or torch.is_inference_mode_enabled():
         return Layers(split_layers(stack.to(dtype), n_layers), standardized=standardized)
-    known = _memo.source() if _memo.source is not None else None
-    key = (stack._version, stack.data_ptr(), dtype, n_layers, standardized)
-    if known is not stack or _memo.key != key or _memo.layers is None:
-        _memo.layers = None  # before the next one is made: what they hold is large
-        # (a view would keep the stack alive; .data does not)
-        layers = Layers(split_layers(stack.data.to(dtype), n_layers), standardized=standardized)
-        _memo.source, _memo.key, _memo.layers = weakref.ref(stack, _memo.forget), key, layers
-    return _memo.layers
+    known, key = _memo.known, (stack._version, stack.data_ptr(), dtype, n_layers, standardized)
+    if known and known.source() is stack and known.key == key and not known.layers.edited:
+        return known.layers
+    _memo.known = known = None  # before the next one is made: what they hold is large
+    # (a view would keep the stack alive; .data does not)
+    layers = Layers(split_layers(stack.data.to(dtype), n_layers), standardized=standardized)
+    _memo.known = _Known(weakref.ref(stack, _memo.forget), key, layers)
+    return layers

@@ -159,6 +159,15 @@ def find_threshold(
     return found
 
 
+def check_level(k: Any, tolerance: Any, *, d_sae: int) -> None:
+    """Raise a ValueError where ``k`` or ``tolerance`` make no sense for ``d_sae`` latents."""
+    for name, value in (("k", k), ("tolerance", tolerance)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a positive number of latents per token, got {value!r}")
+    if k > d_sae:
+        raise ValueError(f"k = {k:g} latents per token cannot be active in an SAE with d_sae = {d_sae}")
+
+
 def check_calibration(k: Any, tolerance: Any, *, d_sae: int, tokens: int) -> None:
     """Raise before any work where ``k`` or ``tolerance`` make no sense, or the stream is too short for them.
 
@@ -171,11 +180,7 @@ def check_calibration(k: Any, tolerance: Any, *, d_sae: int, tokens: int) -> Non
     Raises:
         ValueError: says which, with what was got and what is expected.
     """
-    for name, value in (("k", k), ("tolerance", tolerance)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ValueError(f"{name} must be a positive number of latents per token, got {value!r}")
-    if k > d_sae:
-        raise ValueError(f"k = {k:g} latents per token cannot be active in an SAE with d_sae = {d_sae}")
+    check_level(k, tolerance, d_sae=d_sae)
     needed = math.ceil(k / tolerance**2)
     if tokens < needed:
         raise ValueError(

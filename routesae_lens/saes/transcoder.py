@@ -51,7 +51,7 @@ from torch import Tensor, nn
 
 from routesae_lens.saes.fast_topk import FastTopK
 from routesae_lens.saes.k_annealing import Init, KAnnealing, ScopeFields
-from routesae_lens.saes.threshold import Threshold, find_threshold
+from routesae_lens.saes.threshold import Threshold, check_calibration, check_level, find_threshold
 from routesae_lens.saes.topk_function import TopKOutput
 from routesae_lens.saes.transcoder_fields import TranscoderFields
 
@@ -210,12 +210,22 @@ class TopKTranscoderTrainingSAEConfig(TranscoderFields, ScopeFields, TopKTrainin
     """Config of :class:`TopKTranscoderTrainingSAE`: :class:`TranscoderFields`, K-annealing, SAELens' TopK fields.
 
     Args:
-        topk_threshold_lr: as SAELens' for BatchTopK: how fast the threshold for inference follows the batches.
+        topk_threshold_lr: as SAELens' for BatchTopK: how fast the threshold for inference follows the batches;
+            0 keeps the plain mean of all.
+
+    Raises:
+        ValueError: as the fields of its bases, or a ``topk_threshold_lr`` outside 0 to 1.
     """
 
     init: Init = "llama_scope"
     aux_loss_coefficient: float = 0.0
     topk_threshold_lr: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rate = self.topk_threshold_lr
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
+            raise ValueError(f"topk_threshold_lr must be a number from 0 to 1, got {rate!r}")
 
     @classmethod
     def architecture(cls) -> str:
@@ -293,9 +303,9 @@ class TopKTranscoderTrainingSAE(TranscoderTrainingSAE, KAnnealing, FastTopK, Top
 def calibrate(
     sae: JumpReLUTranscoder,
     inputs: Callable[[], Iterable[Float[Tensor, "*token d_in"]]],
-    k: float,
+    k: int | float,
     *,
-    tolerance: float,
+    tolerance: int | float,
 ) -> Threshold:
     """Give a saved TopK transcoder the one threshold above which ``k`` latents are active on average.
 
@@ -306,17 +316,26 @@ def calibrate(
         tolerance: largest difference of their average from ``k``.
 
     Raises:
-        ValueError: another kind of SAE, or no threshold does that.
+        ValueError: another kind of SAE, a ``k`` or ``tolerance`` that cannot be, inputs of another width or too
+            few for the tolerance (see ``threshold.check_calibration``), or no threshold does that. The transcoder
+            is as before then.
     """
     if not isinstance(sae, JumpReLUTranscoder):
         raise ValueError(f"expected a JumpReLUTranscoder, got {type(sae).__name__}")
 
+    check_level(k, tolerance, d_sae=sae.cfg.d_sae)
+
     def stream() -> Iterable[Tensor]:
         with torch.no_grad():
             for x in inputs():
+                if x.shape[-1] != sae.cfg.d_in:
+                    raise ValueError(
+                        f"this transcoder reads {sae.cfg.d_in} values per token, got shape {tuple(x.shape)}"
+                    )
                 yield sae.process_sae_in(x) @ sae.W_enc + sae.b_enc
 
     found = find_threshold(stream, k, tolerance=tolerance)
+    check_calibration(k, tolerance, d_sae=sae.cfg.d_sae, tokens=found.tokens)
     sae.threshold.data.fill_(found.value)
     return found
 

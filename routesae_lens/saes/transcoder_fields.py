@@ -106,7 +106,8 @@ class TranscoderFields:
             d_in, d_out: widths of the two sites, by default d_model (``mlp.hook_post`` and the like have another).
 
         Raises:
-            ValueError: the model lacks the block or a site, or the widths are not those of the sites.
+            ValueError: the model lacks the block or a site, or the widths are not those of a site as wide as d_model.
+                (Those of any other site, and the order of the two, ``train`` checks by a first short forward.)
         """
         backend = backend_of(model)
         read, out = (backend.d_model if width is None else width for width in (d_in, d_out))

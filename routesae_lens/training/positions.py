@@ -11,6 +11,7 @@ from routesae_lens.backends import backend_of
 from routesae_lens.hook_points import check_layers, layer_hook_name
 from routesae_lens.saes.k_annealing import AnnealedTopKTrainingSAEConfig
 from routesae_lens.saes.transcoder import TopKTranscoderTrainingSAEConfig
+from routesae_lens.training.presets import PRESETS
 
 TRANSCODER = "TC"
 POSITION_SITES = {"R": "hook_resid_post", "A": "hook_attn_out", "M": "hook_mlp_out"}
@@ -22,7 +23,7 @@ POSITIONS = (*POSITION_SITES, TRANSCODER)
 def scope_configs(
     model: Any,
     layers: Sequence[int],
-    positions: Sequence[str] = POSITIONS,
+    positions: Sequence[str] | str = POSITIONS,
     *,
     d_sae: int,
     k: int,
@@ -42,7 +43,7 @@ def scope_configs(
     Args:
         model: a HookedTransformer, TransformerBridge or HookedProxyLM; hook names are those that fire on it.
         layers: block numbers, 0-based, strictly increasing.
-        positions: of "R", "A", "M" and "TC".
+        positions: of "R", "A", "M" and "TC", or one of them.
         d_sae: width of every dictionary.
         k: latents per token.
         skip: transcoders with a skip connection.
@@ -56,33 +57,25 @@ def scope_configs(
     """
     backend = backend_of(model)
     layers = check_layers(layers, backend.n_layers)
-    wanted = list(positions)
+    wanted = [positions] if isinstance(positions, str) else list(positions)
     unknown = [position for position in wanted if position not in POSITIONS]
     if unknown or not wanted or len(set(wanted)) < len(wanted):
         raise ValueError(f"positions must be some of {', '.join(POSITIONS)}, each once; got {wanted}")
-    common: dict[str, Any] = {
-        "d_sae": d_sae,
-        "k": k,
-        "k_start": k_start,
-        "k_anneal_steps": k_anneal_steps,
-        "k_anneal": k_anneal,
-        "init": "llama_scope",
-        "aux_loss_coefficient": 0.0,
-        "rescale_acts_by_decoder_norm": True,
-        **options,
-    }
+    annealing = {"k_start": k_start, "k_anneal_steps": k_anneal_steps, "k_anneal": k_anneal}
+    given = {"d_sae": d_sae, "k": k, **annealing, **options}
+    recipe = PRESETS["llama_scope"].fields_of
     configs: dict[str, TrainingSAEConfig] = {}
     for layer in layers:
         for position in wanted:
             if position == TRANSCODER:
-                cfg = TopKTranscoderTrainingSAEConfig.for_model(model, layer=layer, skip=skip, **common)
+                cfg = TopKTranscoderTrainingSAEConfig.for_model(
+                    model, layer=layer, skip=skip, **recipe(TopKTranscoderTrainingSAEConfig, **given)
+                )
             else:
                 cfg = AnnealedTopKTrainingSAEConfig(
                     d_in=backend.d_model,
-                    apply_b_dec_to_input=False,
-                    normalize_activations="expected_average_only_in",
                     metadata=SAEMetadata(hook_name=layer_hook_name(model, layer, POSITION_SITES[position])),
-                    **common,
+                    **recipe(AnnealedTopKTrainingSAEConfig, **given),
                 )
             configs[f"L{layer}{position}"] = cfg
     return configs

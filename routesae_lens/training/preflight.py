@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -61,8 +62,8 @@ def check_numbers(
     for name, (size, minimum) in sizes.items():
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < minimum):
             raise ValueError(f"{name} must be an integer, {minimum} or more; got {size!r}")
-    if lr <= 0:
-        raise ValueError(f"lr must be positive, got {lr}")
+    if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < math.inf:
+        raise ValueError(f"lr must be positive and finite, got {lr!r}")
     if training_tokens < batch_size:
         raise ValueError(f"training_tokens = {training_tokens} is less than one batch of {batch_size} tokens")
     if buffer_tokens is not None and buffer_tokens < 2 * batch_size:

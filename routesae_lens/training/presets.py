@@ -20,6 +20,8 @@ from typing import Any
 
 from sae_lens.saes.sae import TrainingSAEConfig
 
+from routesae_lens.saes.transcoder_fields import TranscoderFields
+
 DEFAULTS: dict[str, Any] = {
     "lr": 5e-4,
     "schedule": "paper",
@@ -50,7 +52,8 @@ class Preset:
     def fields_of(self, config: type[TrainingSAEConfig], **given: Any) -> dict[str, Any]:
         """The fields of ``config`` that this preset sets, and those ``given``, which win.
 
-        SAEs that standardise each token's activation get no input scale: standardising undoes it.
+        SAEs that standardise each token's activation get no input scale: standardising undoes it. Nor do
+        transcoders, whose own ``normalize`` gives each of their sites one.
 
         Raises:
             ValueError: ``config`` lacks fields of the preset, because it is no TopK-shaped SAE of this package.
@@ -62,7 +65,7 @@ class Preset:
                 "expected a TopK-shaped training SAE of this package (annealed_topk for an ordinary one)"
             )
         chosen = dict(self.sae)
-        if given.get("standardize", known.get("standardize", False)):
+        if issubclass(config, TranscoderFields) or given.get("standardize", known.get("standardize", False)):
             chosen.pop("normalize_activations", None)
         return chosen | given
 
