@@ -11,7 +11,6 @@ there already, so an interrupted command (``--minutes``, Ctrl-C; exit status 75)
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,31 +20,11 @@ from llama_scope_parts import RUN
 from llama_scope_report import write_report
 from llama_scope_settings import PARTS, PRESETS, Settings, mistakes, named_parts
 from llama_scope_study import Study
-from paper_findings import plain_name, write_whole
+from paper_findings import plain_name
 from paper_options import block_list, positive
 from reproduce_paper import STOPPED, stopping_after
 from rich.console import Console
-
-
-def _claim(output: Path, settings: dict[str, Any]) -> None:
-    """A folder belongs to one set of settings; a run with others needs another one."""
-    path, settings = output / "settings.json", json.loads(json.dumps(settings))
-    if path.exists():
-        before = json.loads(path.read_text())
-        different = [
-            f"{name} = {before.get(name)!r}"
-            for name in settings | before
-            if before.get(name) != settings.get(name)
-        ]
-        if different:
-            raise typer.BadParameter(
-                f"{output} holds a run with {', '.join(different)}; choose another --output"
-            )
-        return
-    if output.exists() and any(output.iterdir()):
-        raise typer.BadParameter(f"{output} holds something else; choose another --output")
-    output.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(settings, indent=1))
+from study_folder import claim
 
 
 def _identity(source: str | None) -> str | None:
@@ -125,7 +104,7 @@ def main(
     }
     texts = {"dataset": dataset, "eval_dataset": eval_dataset, "long_dataset": long_dataset}
     sources = {name: _identity(source) for name, source in texts.items()}
-    _claim(output, {"preset": preset, **named, **sources})
+    claim(output, {"preset": preset, **named, **sources})
     study = Study(settings, dataset, eval_dataset, long_dataset, output, console)
     try:
         with stopping_after(minutes):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import resource
-import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from paper_findings import write_whole
 from rich.console import Console
 from sae_lens import SAE
 from safetensors.torch import load_file, save_file
+from study_folder import timed
 
 import routesae_lens as rl
 from routesae_lens.training.log import plain
@@ -152,21 +151,9 @@ class Study:
         write_whole(path, json.dumps(plain(dict(values)), indent=1, allow_nan=False))
         return json.loads(path.read_text())
 
-    @contextmanager
-    def timed(self, part: str, stage: str) -> Iterator[None]:
-        """Add the time, and the memory peak of this process, to ``stages.json``; after an interruption, too."""
-        path, started = self.output / "stages.json", time.perf_counter()
-        try:
-            yield
-        finally:
-            done = json.loads(path.read_text()) if path.exists() else []
-            seconds = time.perf_counter() - started
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            if seconds > 0.5:  # (else there was nothing to do)
-                done.append(
-                    {"part": part, "stage": stage, "seconds": round(seconds, 1), "peak_gib": round(peak, 2)}
-                )
-                write_whole(path, json.dumps(done, indent=1))
+    def timed(self, part: str, stage: str) -> AbstractContextManager[None]:
+        """See ``study_folder.timed``."""
+        return timed(self.output, part, stage)
 
     # --- SAEs ---------------------------------------------------------------------------------------
 

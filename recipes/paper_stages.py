@@ -6,12 +6,10 @@ Every stage writes one JSON file per SAE, whole or not at all, and skips what is
 from __future__ import annotations
 
 import json
-import resource
 import statistics
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +21,7 @@ from paper_findings import write_whole
 from paper_presets import MEASURED, PARTS, VIEWS, Preset, chosen
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from study_folder import timed
 
 import routesae_lens as rl
 
@@ -128,23 +127,9 @@ class Study:
     def config(self, part: str) -> rl.SweepConfig:
         return sweep_config(self.preset, part, self.about["layers"], self.about["d_sae"])
 
-    @contextmanager
-    def timed(self, part: str, stage: str) -> Iterator[None]:
-        """Add the time, and the memory peak of this process, to ``stages.json``; after an interruption, too."""
-        path, started = self.output / "stages.json", time.perf_counter()
-        try:
-            yield
-        finally:
-            done = json.loads(path.read_text()) if path.exists() else []
-            seconds = time.perf_counter() - started
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-            if seconds > 0.5:  # (else there was nothing to do)
-                done.append(
-                    {"part": part, "stage": stage, "seconds": round(seconds, 1), "peak_gib": round(peak, 2)}
-                    | ({"gpu_peak_gib": round(gpu, 2)} if gpu else {})
-                )
-                write_whole(path, json.dumps(done, indent=1))
+    def timed(self, part: str, stage: str) -> AbstractContextManager[None]:
+        """See ``study_folder.timed``."""
+        return timed(self.output, part, stage)
 
 
 GROUP = 12

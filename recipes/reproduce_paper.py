@@ -12,7 +12,6 @@ continued by the same command. ``report/`` holds the report, its figures and eve
 from __future__ import annotations
 
 import _thread
-import json
 import signal
 import threading
 from collections.abc import Iterator
@@ -22,12 +21,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from paper_findings import plain_name, write_whole
+from paper_findings import plain_name
 from paper_options import block_list, mistakes, number_list, positive
 from paper_presets import PARTS, PRESETS, Preset
 from paper_report import Report, write_report
 from paper_stages import Study, run_part
 from rich.console import Console
+from study_folder import claim
 
 STOPPED = 75
 """Exit status (EX_TEMPFAIL): stopped before the end, to be continued."""
@@ -56,25 +56,6 @@ def stopping_after(minutes: float | None) -> Iterator[None]:
             timer.cancel()
         if in_main:
             signal.signal(signal.SIGTERM, before)
-
-
-def _claim(output: Path, settings: dict[str, Any]) -> None:
-    """A folder belongs to one set of settings; a run with others needs another one."""
-    path, settings = output / "settings.json", json.loads(json.dumps(settings))
-    if path.exists():
-        before = json.loads(path.read_text())
-        different = [
-            f"{name} = {before.get(name)!r}"
-            for name in settings | before
-            if before.get(name) != settings.get(name)
-        ]
-        if different:
-            raise typer.BadParameter(
-                f"{output} holds a run with {', '.join(different)}; choose another --output"
-            )
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(settings, indent=1))
 
 
 def _texts(dataset: str | None, eval_dataset: str | None, preset: str) -> tuple[str, str | None]:
@@ -152,7 +133,7 @@ def main(
     dataset, eval_dataset = _texts(dataset, eval_dataset, preset)
     sources = {"dataset": _identity(dataset), "eval_dataset": _identity(eval_dataset)}
     named = asdict(settings) | {"model": plain_name(settings.model)}
-    _claim(output, {"preset": preset, **named, **sources})
+    claim(output, {"preset": preset, **named, **sources})
     study = Study(settings, dataset, eval_dataset, output, console)
     try:
         with stopping_after(minutes):

@@ -22,6 +22,26 @@ sae_backends = pytest.mark.parametrize("sae_model", BACKENDS[:2], indirect=True)
 every_site = pytest.mark.parametrize("site", SITES)
 
 
+def tiny_gemma2():
+    """A family that normalises what attention and MLP write before it is added to the stream."""
+    from sae_lens.load_model import HookedProxyLM
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        num_hidden_layers=4,
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=64,
+        max_position_embeddings=32,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    return HookedProxyLM(Gemma2ForCausalLM(config).eval(), None)  # type: ignore[arg-type]
+
+
 def stack_of(model, name: str, **kwargs) -> torch.Tensor:
     return model.run_with_cache(TOKENS, names_filter=[name], **kwargs)[1][name]
 

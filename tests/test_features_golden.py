@@ -65,13 +65,15 @@ class HandWritten(Subject):
         self.sae = SimpleNamespace(
             cfg=SimpleNamespace(d_sae=len(ACTS)),
             dtype=torch.float32,
-            encode_routed=lambda x: x[:, : len(ACTS)],
         )
 
     def read(self, activation, draw):
         acts, p, layer = activation[..., :-2], activation[..., -2], activation[..., -1].long()
         chosen = torch.nn.functional.one_hot(layer, 2) * p[..., None]
         return Reading(Route(chosen, layer, chosen, acts * p[..., None], p), layer, acts, acts)
+
+    def encode(self, reading, keep):
+        return reading.route.input[keep]
 
 
 def run(monkeypatch, batch_size=1, **options):

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backends import LAYERS, TOKENS, every_backend, every_site, one_by_one, sae_backends, stack_of
+from backends import (
+    LAYERS,
+    TOKENS,
+    every_backend,
+    every_site,
+    one_by_one,
+    sae_backends,
+    stack_of,
+    tiny_gemma2,
+)
 from sae_lens import HookedSAETransformer, StandardSAE, StandardSAEConfig
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.saes.sae import SAEMetadata
@@ -168,20 +177,7 @@ def test_the_names_saelens_parses():
 
 
 def test_sandwich_norms_on_hugging_face():
-    from sae_lens.load_model import HookedProxyLM
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    config = Gemma2Config(
-        num_hidden_layers=3,
-        hidden_size=32,
-        intermediate_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=64,
-    )
-    torch.manual_seed(0)
-    model = HookedProxyLM(Gemma2ForCausalLM(config).eval(), None)  # type: ignore[arg-type]
+    model = tiny_gemma2()
     with torch.no_grad():
         for path, weight in model.model.named_parameters():
             if "norm" in path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backends import TOKENS, every_backend, stack_of
+from backends import TOKENS, every_backend, stack_of, tiny_gemma2
 from sae_lens.analysis.hooked_sae_transformer import HookedSAETransformer
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -142,22 +142,7 @@ def test_a_hooked_transformer_that_becomes_sae_lens_keeps_its_point(tiny_hooked)
 
 def test_the_mlp_input_of_a_family_with_post_norms():
     """Gemma 2: the MLP reads the pre-norm's output; what it adds to the stream comes from the post-norm."""
-    from sae_lens.load_model import HookedProxyLM
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    config = Gemma2Config(
-        num_hidden_layers=4,
-        hidden_size=32,
-        intermediate_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=64,
-        max_position_embeddings=32,
-        initializer_range=0.2,
-    )
-    torch.manual_seed(0)
-    model = HookedProxyLM(Gemma2ForCausalLM(config).eval(), None)  # type: ignore[arg-type]
+    model = tiny_gemma2()
     block = model.model.model.layers[LAYER]
     value, read, out = heard(model, mount_sites(model, LAYER))
     written = stack_of(model, f"model.layers.{LAYER}.post_feedforward_layernorm")

@@ -24,6 +24,7 @@ from routesae_lens.analysis.prompts import Prompt, prompt_tokens
 from routesae_lens.analysis.stream import kept_tokens, subjects_of
 from routesae_lens.analysis.subjects import Subject
 from routesae_lens.hook_points import mounted_points, unmount_layers
+from routesae_lens.saes.fast_topk import Latents
 from routesae_lens.splice.edits import Edit
 from routesae_lens.splice.steering import Steering
 
@@ -283,7 +284,7 @@ class prepared(ExitStack):
         activations = torch.zeros(*keep.shape, len(latents), dtype=torch.float64, device=keep.device)
         keep[:, :start] = False
         if latents and keep.any():
-            active = subject.autoencode(reading, keep)[0]
+            active = Latents.of(subject.encode(reading, keep))
             acts = torch.zeros(
                 int(keep.sum()), subject.sae.cfg.d_sae, dtype=torch.float64, device=keep.device
             )

@@ -28,8 +28,7 @@ from routesae_lens.analysis.contexts import (
 from routesae_lens.analysis.feature_set import BlockActivity, Context, Feature, FeatureRule, FeatureSet
 from routesae_lens.analysis.stream import read_batches, subjects_of
 from routesae_lens.analysis.subjects import Reading, Subject
-from routesae_lens.saes.fast_topk import Latents, encode_fast
-from routesae_lens.splice.replace import encode_stack, kept_rows
+from routesae_lens.saes.fast_topk import Latents
 
 PAPER_NORM = 2048**0.5
 """Norm of the standardised activations (d_model 2048) that the paper's threshold of 15 belongs to."""
@@ -156,7 +155,7 @@ class _Collection:
         """``ids`` and ``place`` (in the flattened text) are those of the kept tokens."""
         if not len(ids):
             return
-        token, feature, value = _latents(self.subject, reading, keep)
+        token, feature, value = Latents.of(self.subject.encode(reading, keep))
         if not torch.isfinite(value).all():
             raise ValueError(f"SAE {self.name!r} has activations that are not finite")
         positive = value > 0  # (without a ReLU some are not)
@@ -286,14 +285,6 @@ def _limits(rows: ContextRows | None, rule: FeatureRule, d_sae: int, n_classes: 
             one_too_many = rank_in_group(tops.feature) == rule.max_token_classes
             crowded[tops.feature[one_too_many]] = tops.strength[one_too_many]
     return retained, crowded
-
-
-def _latents(subject: Subject, reading: Reading, keep: Tensor) -> Latents:
-    sae: Any = subject.sae
-    if reading.route is not None:
-        return Latents.of(encode_fast(sae, reading.route.input[keep], sae.encode_routed))
-    rows = kept_rows(reading.x, keep)
-    return Latents.of(encode_stack(sae, rows) if reading.every_layer else encode_fast(sae, rows, sae.encode))
 
 
 def _input_norm(subject: Subject, reading: Reading, keep: Tensor) -> Float[Tensor, " token"]:

@@ -167,8 +167,7 @@ def firing_frequencies(
         if not n:
             continue
         for name, subject in subjects.items():
-            latents, _ = subject.autoencode(batch.read(subject), batch.keep)
-            counters[name].add(latents, n)
+            counters[name].add(Latents.of(subject.encode(batch.read(subject), batch.keep)), n)
     return {
         name: counter.result(len(tokens), bars_per_decade=bars_per_decade, **shares)
         for name, counter in counters.items()
