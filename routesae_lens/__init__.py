@@ -68,7 +68,6 @@ from routesae_lens.hook_points import (
 from routesae_lens.models import default_device, load_model
 from routesae_lens.report.agreement import Agreement, agreement, plot_agreement
 from routesae_lens.report.endpoint_judge import EndpointJudge
-from routesae_lens.report.geometry_plots import save_figure
 from routesae_lens.report.geometry_record import GeometryRecord
 from routesae_lens.report.interpret import Estimate, estimate_interpretation, interpret, sample_features
 from routesae_lens.report.interpretations import Interpretations, MeanScore, Usage
@@ -306,7 +305,6 @@ __all__ = [
     "read_batches",
     "read_form",
     "sample_features",
-    "save_figure",
     "scope_configs",
     "splice_hooks",
     "split_layers",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,3 +128,8 @@ def test_the_readme_names_make_targets_that_exist():
     named = set(re.findall(r"\bmake ([a-z][\w-]*)", code))
     targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.M))
     assert named and named <= targets
+
+
+def test_the_package_imports_without_what_only_plots_need():
+    blocked = "import sys; sys.modules |= dict.fromkeys(('matplotlib', 'umap'), None)\n"
+    subprocess.run([sys.executable, "-c", blocked + "import routesae_lens, routesae_lens.cli"], check=True)
