@@ -155,6 +155,20 @@ def test_short_contexts_do_not_cut_characters(byte_tokenizer, size):
         assert "�" not in text and text in HOSTILE and passage.token
 
 
+@pytest.mark.parametrize("size", [1, 4, 64])
+def test_pieces_joined_are_what_the_tokenizer_decodes(byte_tokenizer, size):
+    rows = [
+        byte_tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("one, two  3", "naïve 日本")
+    ]
+    tokens = torch.tensor([[0, *row[:5], 0, *row[5:10]] for row in rows])
+    fast, slow = (Passages(tokens, byte_tokenizer, context_tokens=size) for _ in range(2))
+    slow._sequence = lambda ids: contexts_module._Sequence(ids, None)
+    for place in range(tokens.numel()):
+        assert fast(place) == slow(place)
+    assert fast._sequences[0].pieces is not None
+    assert fast._sequences[1].pieces is None  # its bytes are no text one by one
+
+
 def test_a_character_cut_by_the_end_of_the_sequence(byte_tokenizer):
     ids = byte_tokenizer("ab😀", add_special_tokens=False)["input_ids"]
     passages = Passages(torch.tensor([[0, *ids[:4]]]), byte_tokenizer, context_tokens=64)

@@ -7,6 +7,8 @@ a min-heap for each class; here all activations of many batches are sorted at on
 
 from __future__ import annotations
 
+import functools
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -152,6 +154,13 @@ class Passage:
     """Tokens since the document's first, the BOS."""
 
 
+class _Sequence(NamedTuple):
+    ids: list[int]
+    pieces: list[str] | None
+    """The text of each token, where together they are the text of the sequence: no token holds a part of a character,
+    and none depends on its neighbours. Asking the tokenizer for every passage takes ten times as long."""
+
+
 class Passages:
     """Text around tokens: up to ``context_tokens`` tokens, half of them before, never past the document.
 
@@ -163,12 +172,14 @@ class Passages:
         self.n_before = context_tokens // 2
         self.n_after = context_tokens - 1 - self.n_before
         bos = tokenizer.bos_token_id
-        starts = (self.tokens.flatten() == (-1 if bos is None else bos)).nonzero().flatten()
-        self.has_bos = len(starts) > 0
+        starts = (self.tokens.flatten() == (-1 if bos is None else bos)).nonzero().flatten().tolist()
+        self.has_bos = bool(starts)
         if not self.has_bos:
-            starts = torch.arange(0, self.tokens.numel(), self.tokens.shape[1])
-        self.starts = starts if starts[0] == 0 else torch.cat([starts.new_zeros(1), starts])
+            starts = list(range(0, self.tokens.numel(), self.tokens.shape[1]))
+        self.starts: list[int] = starts if starts[0] == 0 else [0, *starts]
         self._known: dict[int, Passage] = {}
+        self._sequences: dict[int, _Sequence] = {}
+        self._piece = functools.cache(lambda token_id: _decode(tokenizer, [token_id]))
 
     def __call__(self, token: int) -> Passage:
         """The passage around the token at this place of the flattened tokens."""
@@ -177,17 +188,29 @@ class Passages:
         return self._known[token]
 
     def _read(self, token: int) -> Passage:
-        sequence, position = divmod(token, self.tokens.shape[1])
-        offset = sequence * self.tokens.shape[1]
-        document = int(torch.searchsorted(self.starts, token, right=True)) - 1
-        start = int(self.starts[document])
-        end = int(self.starts[document + 1]) if document + 1 < len(self.starts) else self.tokens.numel()
+        number, position = divmod(token, self.tokens.shape[1])
+        if number not in self._sequences:
+            self._sequences[number] = self._sequence(self.tokens[number].tolist())
+        sequence = self._sequences[number]
+        offset = token - position
+        document = bisect_right(self.starts, token) - 1
+        start = self.starts[document]
+        end = self.starts[document + 1] if document + 1 < len(self.starts) else self.tokens.numel()
         # A BOS begins the document and is no part of its text, unless it is the activated token itself.
         is_bos = int(self.tokens[divmod(start, self.tokens.shape[1])]) == self.tokenizer.bos_token_id
         first = max(0, start - offset + (is_bos and token != start))
         last = min(self.tokens.shape[1], end - offset)
-        ids = self.tokens[sequence, first:last].tolist()
-        return Passage(*self._split(ids, position - first), document, token - start)
+        if sequence.pieces is None:
+            text = self._split(sequence.ids[first:last], position - first)
+        else:
+            low, high = max(first, position - self.n_before), min(last, position + 1 + self.n_after)
+            before, after = sequence.pieces[low:position], sequence.pieces[position + 1 : high]
+            text = "".join(before), sequence.pieces[position], "".join(after)
+        return Passage(*text, document, token - start)
+
+    def _sequence(self, ids: list[int]) -> _Sequence:
+        pieces = [self._piece(token_id) for token_id in ids]
+        return _Sequence(ids, pieces if "".join(pieces) == _decode(self.tokenizer, ids) else None)
 
     def _split(self, ids: list[int], at: int) -> tuple[str, str, str]:
         low, high = max(0, at - self.n_before), min(len(ids), at + 1 + self.n_after)
