@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -211,7 +211,7 @@ COLUMNS = ["where", "claim", "claimed", "measured", "spread", "verdict", "rule",
 PART_OF = {method: part for part, methods in PARTS.items() for method in methods} | {"topk@best": "layers"}
 
 
-def _lacking(runs: pd.DataFrame, claim: Claim) -> tuple[str, str]:
+def _lacking(runs: pd.DataFrame, claim: Claim, part_of: Mapping[str, str]) -> tuple[str, str]:
     """Why a claim has no differences: the verdict, and the parts to run (again)."""
     measured_with = {
         "features": "features",
@@ -229,14 +229,20 @@ def _lacking(runs: pd.DataFrame, claim: Claim) -> tuple[str, str]:
         if len(rows) and not status.isin([EVALUATED, *UNFINISHED]).any():
             without_numbers = True  # and running it again would change nothing
         else:
-            parts.append(PART_OF[method])
+            parts.append(part_of[method])
     if parts:
-        return NOT_RUN, " ".join(part for part in PARTS if part in parts)
+        return NOT_RUN, " ".join(part for part in dict.fromkeys(part_of.values()) if part in parts)
     return NO_NUMBERS if without_numbers else NO_PAIRS, ""
 
 
-def judge(runs: pd.DataFrame, claims: Sequence[Claim] = PAPER + OURS) -> pd.DataFrame:
-    """One row per claim, with :data:`COLUMNS`."""
+def judge(
+    runs: pd.DataFrame,
+    claims: Sequence[Claim] = PAPER + OURS,
+    *,
+    rules: Mapping[Rule, str] = RULES,
+    part_of: Mapping[str, str] = PART_OF,
+) -> pd.DataFrame:
+    """One row per claim, with :data:`COLUMNS`; ``rules`` in words, ``part_of`` each method, in the parts' order."""
     rows, runs = [], with_best_block(runs)
     for claim in claims:
         if claim.compare is None:
@@ -250,7 +256,7 @@ def judge(runs: pd.DataFrame, claims: Sequence[Claim] = PAPER + OURS) -> pd.Data
             # (below the factor is not yet the opposite)
             verdict = claim.rule(claim.without_factor(runs).differences, claim.sign)
             verdict = NOT_FAR if verdict == REPRODUCED else verdict
-        verdict, needs = _lacking(runs, claim) if verdict == NOT_RUN else (verdict, "")
+        verdict, needs = _lacking(runs, claim, part_of) if verdict == NOT_RUN else (verdict, "")
         rows.append(
             (
                 claim.where,
@@ -259,7 +265,7 @@ def judge(runs: pd.DataFrame, claims: Sequence[Claim] = PAPER + OURS) -> pd.Data
                 comparison.measured,
                 spread(comparison.differences),
                 verdict,
-                RULES[claim.rule],
+                rules[claim.rule],
                 needs,
             )
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,13 +48,14 @@ def sweep_config(preset: Preset, part: str, layers: Sequence[int], d_sae: int) -
         lr=preset.lr,
         schedule="paper",
         unit_norm_every=10,
-        held_out_sequences=_sequences(preset, preset.kl_tokens),
+        held_out_sequences=sequences_of(preset.kl_tokens, preset.context_size),
         eval_batch_size=preset.eval_batch_size,
     )
 
 
-def _sequences(preset: Preset, tokens: int) -> int:
-    return -(-tokens // max(1, preset.context_size - 1))  # position 0 does not count
+def sequences_of(tokens: int, context_size: int) -> int:
+    """So many that ``tokens`` of them count."""
+    return -(-tokens // max(1, context_size - 1))  # position 0 does not count
 
 
 class Study:
@@ -105,7 +106,7 @@ class Study:
         return about
 
     def sequences(self, tokens: int) -> int:
-        return _sequences(self.preset, tokens)
+        return sequences_of(tokens, self.preset.context_size)
 
     def held_out(self, tokens: int) -> torch.Tensor:
         """Sequences with so many kept tokens; smaller requests get the first ones of larger."""
@@ -181,7 +182,9 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 def run_part(study: Study, part: str) -> None:
     folder = study.output / part
     with study.timed(part, "training and KL"):
-        result = _trained(study, part, folder)
+        config = study.config(part)
+        every = max(1, config.training_tokens // config.batch_size // 4)
+        result = trained(study, part, config, RECIPE_METHODS, checkpoint_every=every)
     seeds = [member.seed for member in result.members]
     members = {member.name: member for member in result.members}
 
@@ -219,16 +222,17 @@ def run_part(study: Study, part: str) -> None:
             _profiles(study, result)
 
 
-def _trained(study: Study, part: str, folder: Path) -> rl.SweepResult:
-    config = study.config(part)
+def trained(
+    study: Study, part: str, config: rl.SweepConfig, methods: Mapping[str, rl.Method], **training: Any
+) -> rl.SweepResult:
+    """Train and splice the SAEs of a part, or read what was trained and spliced; ``training`` goes to ``sweep``."""
+    folder, members = study.output / part, config.members(methods)
     if (folder / "sweep.json").exists():
         result = rl.SweepResult.read(folder)
-        names = {member.name for member in config.members(RECIPE_METHODS)}
-        if result.trained and names == set(result.results):
+        if result.trained and {member.name for member in members} == set(result.results):
             return result
-    n = len(config.members(RECIPE_METHODS))
     study.console.print(
-        f"[bold]{part}[/bold]: {n} SAEs, blocks {list(config.layers or ())}, width {config.d_sae}, "
+        f"[bold]{part}[/bold]: {len(members)} SAEs, blocks {list(config.layers or ())}, width {config.d_sae}, "
         f"{config.training_tokens:,} tokens"
     )
     with warnings.catch_warnings():
@@ -239,8 +243,8 @@ def _trained(study: Study, part: str, folder: Path) -> rl.SweepResult:
             study.text.skip(study.about["documents_skipped_in_training"]),
             study.held_out(study.preset.kl_tokens),
             folder,
-            methods=RECIPE_METHODS,
-            checkpoint_every=max(1, config.training_tokens // config.batch_size // 4),
+            methods=methods,
+            **training,
         )
 
 

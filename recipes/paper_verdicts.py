@@ -101,14 +101,14 @@ NEAR = 0.25
 """Relative difference that still counts as "comparable"."""
 
 
-def nearly_equal(differences: Differences, sign: int) -> str:
-    """Reproduced where the interval of a relative difference lies within ± 25 % at more than half of the
+def nearly_equal(differences: Differences, sign: int, near: float = NEAR) -> str:
+    """Reproduced where the interval of a relative difference lies within ± ``near`` (25 %) at more than half of the
     sparsities; opposite where it lies outside altogether at more than half."""
     intervals, none = _with_several_seeds(differences)
     if none:
         return none
-    within = sum(abs(mean) + half < NEAR for mean, half in intervals)
-    outside = sum(abs(mean) - half > NEAR for mean, half in intervals)
+    within = sum(abs(mean) + half < near for mean, half in intervals)
+    outside = sum(abs(mean) - half > near for mean, half in intervals)
     if 2 * within > len(intervals):
         return REPRODUCED
     return OPPOSITE if 2 * outside > len(intervals) else NO_DIFFERENCE.replace("no difference", "undecided")
@@ -214,7 +214,7 @@ def slopes(runs: pd.DataFrame, a: str, b: str, metric: str) -> Comparison:
     measured = ""
     if pairs:
         means = [number(statistics.fmean(side)) for side in zip(*pairs, strict=True)]
-        measured = f"{NAMES[a]} {means[0]}, {NAMES[b]} {means[1]} per unit of ln L0"
+        measured = f"{_named(a)} {means[0]}, {_named(b)} {means[1]} per unit of ln L0"
     return Comparison({"slope": [x - y for x, y in pairs]}, measured)
 
 
@@ -230,8 +230,13 @@ def _slope_by_seed(values: pd.DataFrame) -> dict[int, float]:
 def one(runs: pd.DataFrame, a: str, metric: str) -> Comparison:
     """A quantity that is itself a difference, of every SAE of one method."""
     rows = _values(runs, a, metric).rename(columns={"value": "difference"})
-    measured = f"{NAMES[a]} {number(rows['difference'].mean())}" if len(rows) else ""
+    measured = f"{_named(a)} {number(rows['difference'].mean())}" if len(rows) else ""
     return Comparison(_grouped(rows), measured)
+
+
+def _named(method: str) -> str:
+    """Methods of other studies are called what they are called in their table."""
+    return NAMES.get(method, method)
 
 
 def _means(both: pd.DataFrame, a: str, b: str) -> str:
@@ -239,4 +244,4 @@ def _means(both: pd.DataFrame, a: str, b: str) -> str:
         return ""
     ours, theirs = both["value_a"].mean(), both["value_b"].mean()
     percent = f" ({ours / theirs - 1:+.1%})" if theirs > 0 else ""
-    return f"{NAMES[a]} {number(ours)}, {NAMES[b]} {number(theirs)}{percent}"
+    return f"{_named(a)} {number(ours)}, {_named(b)} {number(theirs)}{percent}"

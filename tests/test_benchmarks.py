@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 GROUPS = {
     "SAE step",
+    "Step of a mixture of experts",
     "Memory of the SAE step",
     "Memory of the activation buffer",
     "Multi-layer hook point",

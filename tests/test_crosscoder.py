@@ -20,8 +20,8 @@ from routesae_lens.saes.crosscoder import (
     CrosscoderTopKSAEConfig,
     CrosscoderTopKTrainingSAEConfig,
 )
+from routesae_lens.saes.forms import inference_form
 from routesae_lens.saes.layers import standardize
-from routesae_lens.saes.route_sae import inference_form
 
 # --- One encoder per layer, one decoder per layer ---------------------------------------------------------
 

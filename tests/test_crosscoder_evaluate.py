@@ -19,7 +19,7 @@ from routesae_lens.saes.crosscoder import (
     CrosscoderStandardSAE,
     CrosscoderStandardSAEConfig,
 )
-from routesae_lens.saes.route_sae import inference_form
+from routesae_lens.saes.forms import inference_form
 
 
 @pytest.fixture

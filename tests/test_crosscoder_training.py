@@ -19,7 +19,7 @@ from test_route_training import PER_LAYER, WIDTH, PlantedStacks
 
 from routesae_lens.hook_points import split_layers
 from routesae_lens.saes.crosscoder import CROSSCODER_ARCHITECTURES, Crosscoder
-from routesae_lens.saes.route_sae import inference_form
+from routesae_lens.saes.forms import inference_form
 from routesae_lens.training.train import train
 
 pytestmark = pytest.mark.filterwarnings(

@@ -10,8 +10,8 @@ from torch import nn
 
 from routesae_lens.saes.architectures import RouteTopKTrainingSAE, RouteTopKTrainingSAEConfig
 from routesae_lens.saes.distillation import router_losses
+from routesae_lens.saes.forms import inference_form, with_routing
 from routesae_lens.saes.layers import standardize
-from routesae_lens.saes.route_sae import inference_form, with_routing
 from routesae_lens.saes.router import Route
 from routesae_lens.training.train import train
 

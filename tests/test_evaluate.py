@@ -32,7 +32,7 @@ from routesae_lens.saes.architectures import (
     RouteTopKSAE,
     RouteTopKSAEConfig,
 )
-from routesae_lens.saes.route_sae import inference_form
+from routesae_lens.saes.forms import inference_form
 from routesae_lens.splice.replace import splice_hooks
 
 D_MODEL = 32

@@ -20,12 +20,12 @@ from routesae_lens.saes import fast_topk
 from routesae_lens.saes.architectures import RouteTopKTrainingSAE, RouteTopKTrainingSAEConfig
 from routesae_lens.saes.crosscoder import CrosscoderTopKTrainingSAE, CrosscoderTopKTrainingSAEConfig
 from routesae_lens.saes.fast_topk import FastTopK, decode_topk, encode_topk, is_fast
-from routesae_lens.saes.route_sae import inference_form
+from routesae_lens.saes.forms import inference_form
 from routesae_lens.saes.topk_function import (
     GROUP,
-    _at,
     _at_gathered,
-    _largest,
+    at,
+    largest,
     topk_autoencode,
     topk_autoencode_dense,
 )
@@ -76,6 +76,28 @@ def test_equals_the_dense_form(n, d_in, d_sae, data, relu, weight_by_norm, subtr
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("weight_by_norm", [True, False])
+@pytest.mark.parametrize("subtract_b_dec", [True, False])
+@pytest.mark.parametrize("dead", [None, [0, 3, 7]])
+def test_the_gradient_of_a_scale_equals_the_one_through_the_input(relu, weight_by_norm, subtract_b_dec, dead):
+    options = {"relu": relu, "weight_by_norm": weight_by_norm, "subtract_b_dec": subtract_b_dec}
+    options |= {"dead": torch.tensor(dead), "k_dead": 2} if dead else {}
+    constant = torch.randn(6, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    results = []
+    for through_scale in (True, False):
+        weights = parameters(5, 12, 1)
+        scale = torch.tensor([0.1, 0.5, -0.7, 1.0, 2.0, 30.0], dtype=torch.float64, requires_grad=True)
+        x = scale[:, None] * constant
+        code = topk_autoencode(x, *weights, 4, **options, scale=scale if through_scale else None)
+        loss = code.out.sin().sum() + (code.dead_out.cos().sum() if dead else 0)
+        loss.backward()
+        results.append([tensor.grad for tensor in (scale, *weights)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+        assert ours.abs().max() > 1e-3
+
+
 def test_many_rows_are_encoded_in_parts():
     weights = parameters(5, 12, 0)
     x = torch.randn(600, 5, dtype=torch.float64)
@@ -90,7 +112,7 @@ def test_wide_rows_are_searched_in_groups(ties):
     pre = torch.randn(50, 40 * GROUP, generator=torch.Generator().manual_seed(0))
     pre = pre.mul(3).round() if ties else pre
     pre[3] = -torch.inf
-    found = _largest(pre, 10)
+    found = largest(pre, 10)
     assert all(len(set(row)) == 10 for row in found.tolist())
     assert torch.equal(pre.gather(1, found).sort(descending=True).values, pre.topk(10).values)
 
@@ -99,7 +121,7 @@ def test_the_sampled_product_by_gathering():
     x, W_dec = torch.randn(20, 6), torch.randn(11, 6)
     indices = torch.rand(20, 11).topk(4).indices.sort().values
     expected = (x @ W_dec.T).gather(1, indices)
-    torch.testing.assert_close(_at(x, W_dec, indices), expected)
+    torch.testing.assert_close(at(x, W_dec, indices), expected)
     torch.testing.assert_close(_at_gathered(x, W_dec, indices, elements=100), expected)  # 4 rows at a time
 
 

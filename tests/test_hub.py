@@ -18,8 +18,9 @@ from crosscoders import make as make_crosscoder
 from routed_saes import LAYERS, make, stacks
 from sae_lens import SAE, TopKSAE
 
+from routesae_lens.saes.forms import inference_form
 from routesae_lens.saes.hub import load_from_hub, model_card, push_to_hub
-from routesae_lens.saes.route_sae import RouteSAE, inference_form
+from routesae_lens.saes.route_sae import RouteSAE
 
 REPO = "somebody/tiny-route-saes"
 

@@ -26,8 +26,8 @@ from routesae_lens.analysis.evaluate import evaluate
 from routesae_lens.analysis.jumprelu import Conversion, compare_conversion, to_jumprelu
 from routesae_lens.saes.architectures import RouteJumpReLUSAE
 from routesae_lens.saes.crosscoder import CrosscoderJumpReLUSAE
+from routesae_lens.saes.forms import inference_form, with_routing
 from routesae_lens.saes.k_annealing import AnnealedTopKTrainingSAE, AnnealedTopKTrainingSAEConfig
-from routesae_lens.saes.route_sae import inference_form, with_routing
 from routesae_lens.saes.threshold import ThresholdCounts, check_calibration, find_threshold
 
 D_MODEL, D_SAE, K = 32, 48, 6

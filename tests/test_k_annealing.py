@@ -19,11 +19,11 @@ from test_resume import BATCH, STEPS, Stop, run, tiny_model, weights
 from routesae_lens.saes.architectures import ROUTE_ARCHITECTURES, RouteTopKTrainingSAEConfig
 from routesae_lens.saes.crosscoder import CROSSCODER_ARCHITECTURES, CrosscoderTopKTrainingSAEConfig
 from routesae_lens.saes.fast_topk import FEW, encode_fast
+from routesae_lens.saes.forms import inference_form
 from routesae_lens.saes.k_annealing import (
     AnnealedTopKTrainingSAEConfig,
     annealed_k,
 )
-from routesae_lens.saes.route_sae import inference_form
 from routesae_lens.training.interruption import TrainingInterrupted
 from routesae_lens.training.memory import _step
 from routesae_lens.training.record import sae_settings

@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from routesae_lens.analysis.view_differences import compare_views
 from routesae_lens.hook_points import layer_hook_name, split_layers
+from routesae_lens.saes.forms import inference_form
 from routesae_lens.saes.layers import standardize
-from routesae_lens.saes.route_sae import RouteSAE, inference_form
+from routesae_lens.saes.route_sae import RouteSAE
 from routesae_lens.splice.replace import reconstruct
 
 STOCK: dict[str, type[SAE[Any]]] = {

@@ -11,6 +11,7 @@ from datasets import Dataset
 from sae_lens import SAE
 from transformer_lens import HookedTransformer
 
+from routesae_lens.saes.experts import EXPERT_ARCHITECTURES
 from routesae_lens.training.methods import (
     METHODS,
     SPARSITIES,
@@ -26,6 +27,11 @@ SPARSITY = {"k": 4, "l1": 0.5, "l0": 0.5}
 
 
 def made(model: Any, name: str, **options: Any) -> Any:
+    if METHODS[name.partition("@")[0]].config is EXPERT_ARCHITECTURES["route_scale"]:
+        options = {
+            "n_experts": 4,
+            **options,
+        }  # with the default of 16 one expert of 48 latents has less than k
     sparsity = SPARSITY[find_method(name)[0].sparsity]
     return make_config(name, model, LAYERS, 48, sparsity, 7, **options)
 
@@ -57,6 +63,10 @@ EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
         {"k": 4, "k_anneal_steps": None, "init": "llama_scope", "apply_b_dec_to_input": False},
     ),
     "scope_topk_fixed_k": ("annealed_topk", {"k": 4, "k_anneal_steps": 0, "init": "llama_scope"}),
+    "switch": ("route_scale", {"layers": [4], "active_experts": 1, "feature_scaling": "none", "k": 4}),
+    "scale": ("route_scale", {"layers": [4], "active_experts": 2, "feature_scaling": "mean"}),
+    "scale_unscaled": ("route_scale", {"layers": [4], "active_experts": 2, "feature_scaling": "none"}),
+    "route_scale": ("route_scale", {"layers": LAYERS, "routing": "hard", "feature_scaling": "mean"}),
     "mlsae": ("route_topk", {"layers": LAYERS, "routing": "every", "k": 4}),
     "distilled": ("route_topk", {"layers": LAYERS, "routing": "distilled", "k": 4}),
     "distilled_mean": ("route_topk", {"routing": "distilled", "aggregator": "mean"}),
@@ -124,6 +134,9 @@ def test_names_that_are_no_method(name: str, message: str):
         ("route", {"metadata": {}, "layers": [1]}, ["metadata is set by the model", "layers is set by"]),
         ("topk", {"los": 1, "lss": 2}, ["no field los, lss; fields: aggregator, apply_b_dec_to_input, aux"]),
         ("relu", {"aux_loss_coefficient": 1.0}, ["no field aux_loss_coefficient"]),
+        ("switch", {"active_experts": 2}, ["active_experts is set by the method"]),
+        ("scale_unscaled", {"feature_scaling": "mean"}, ["feature_scaling is set by the method"]),
+        ("scale", {"feature_scaling": "low"}, ["unknown feature_scaling 'low'; known: none, mean, identity"]),
         ("route", {"balance_coefficient": "x"}, ["balance_coefficient must be float, got 'x'"]),
         ("route", {"relu": 1}, ["relu must be bool, got 1"]),
         ("route", {"dtype": "float99"}, ["unknown dtype 'float99'; known: float32"]),

@@ -116,7 +116,8 @@ def test_shrinking_p_is_not_rewarded(architecture, kwargs, routing):
 
     def route_scaled(*args, **kwargs):
         out = route(*args, **kwargs)
-        return out._replace(input=scaled(out.input.detach()))
+        read = scaled(out.input.detach())
+        return out._replace(input=read, scale=out.scale.detach() * seen[0][:, 0])
 
     sae.route = route_scaled
     out = step(sae, stacks(9), DEAD)

@@ -18,8 +18,9 @@ from routesae_lens.saes.architectures import (
     RouteTopKSAEConfig,
     RouteTopKTrainingSAEConfig,
 )
+from routesae_lens.saes.forms import inference_form
 from routesae_lens.saes.layers import standardize
-from routesae_lens.saes.route_sae import RouteSAE, RouteTrainingSAE, inference_form
+from routesae_lens.saes.route_sae import RouteSAE, RouteTrainingSAE
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 ROUTED = [("sum", "hard"), ("mean", "soft"), ("attention", "straight_through"), ("sum", "random")]

@@ -15,7 +15,7 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.synthetic import ActivationGenerator, FeatureDictionary
 from sae_lens.training.sae_trainer import SAETrainer
 
-from routesae_lens.saes.route_sae import inference_form
+from routesae_lens.saes.forms import inference_form
 from routesae_lens.saes.router import ROUTINGS
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)

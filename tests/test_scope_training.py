@@ -12,8 +12,8 @@ from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from test_k_annealing import ANNEALED, make, step_input
 
+from routesae_lens.saes.forms import inference_form
 from routesae_lens.saes.k_annealing import AnnealedTopKTrainingSAE, AnnealedTopKTrainingSAEConfig
-from routesae_lens.saes.route_sae import inference_form
 from routesae_lens.training.schedules import llama_scope_schedule, paper_schedule
 
 # --- Initialisation ---------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from routesae_lens.analysis.completions import Completion, GenerationOptions, co
 from routesae_lens.analysis.steering import dose_response, steer_completions
 from routesae_lens.hook_points import layer_hook_name, mounted_points
 from routesae_lens.models import load_model
-from routesae_lens.saes.route_sae import with_routing
+from routesae_lens.saes.forms import with_routing
 from routesae_lens.splice.edits import Ablate, Scale, Set
 from routesae_lens.splice.hooked import HookedRouteSAETransformer, RouteSAETransformerBridge
 

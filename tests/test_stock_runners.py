@@ -16,7 +16,8 @@ from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner, MultiSAET
 from routesae_lens.analysis.evaluate import SpliceEvaluator
 from routesae_lens.hook_points import mount_layers, mounted_points
 from routesae_lens.saes.architectures import ROUTE_ARCHITECTURES
-from routesae_lens.saes.route_sae import RouteSAE, inference_form
+from routesae_lens.saes.forms import inference_form
+from routesae_lens.saes.route_sae import RouteSAE
 
 LAYERS = [1, 2, 4]
 

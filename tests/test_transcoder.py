@@ -11,7 +11,7 @@ from sae_lens.saes.sae import TrainStepInput
 from sae_lens.saes.transcoder import JumpReLUSkipTranscoder, JumpReLUTranscoder, SkipTranscoder, Transcoder
 
 from routesae_lens.saes.fast_topk import is_fast
-from routesae_lens.saes.route_sae import inference_form
+from routesae_lens.saes.forms import inference_form
 from routesae_lens.saes.topk_function import topk_autoencode, topk_autoencode_dense
 from routesae_lens.saes.transcoder import (
     StandardTranscoderTrainingSAE,

@@ -23,7 +23,7 @@ from transformer_lens import HookedTransformer
 
 from routesae_lens.analysis.evaluate import evaluate
 from routesae_lens.hook_points import mount_sites, mounted_points
-from routesae_lens.saes.route_sae import inference_form
+from routesae_lens.saes.forms import inference_form
 from routesae_lens.saes.transcoder import (
     StandardTranscoderTrainingSAEConfig,
     TopKTranscoderTrainingSAE,

@@ -132,6 +132,21 @@ def route(size: Size, device: str, *, dense: bool = False) -> Step:
     return _saelens_step(sae, size, device, size.layers, fused=True)
 
 
+def experts(size: Size, device: str, *, n_experts: int, active: int, scaling: str = "mean") -> Step:
+    """A Scale SAE on one layer, with the loss and standardisation of :func:`route`."""
+    cfg = rl.RouteScaleTrainingSAEConfig(
+        d_in=size.d,
+        d_sae=size.width,
+        k=size.k,
+        layers=[0],
+        n_experts=n_experts,
+        active_experts=active,
+        feature_scaling=scaling,  # type: ignore[arg-type]
+        device=device,
+    )
+    return _saelens_step(rl.RouteScaleTrainingSAE(cfg), size, device, 1, fused=True)
+
+
 def _look(activation: Tensor, hook: Any) -> None:
     """A hook that changes nothing."""
 

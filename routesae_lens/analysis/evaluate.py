@@ -26,7 +26,7 @@ from routesae_lens.analysis.metrics import Evaluation, Tally
 from routesae_lens.analysis.next_tokens import NextTokens
 from routesae_lens.analysis.stream import check_tokens, read_batches, subjects_of
 from routesae_lens.analysis.subjects import CrosscoderSubject, Reading, Subject
-from routesae_lens.saes.route_sae import inference_form
+from routesae_lens.saes.forms import inference_form
 from routesae_lens.splice.prefix import SharedPrefix
 from routesae_lens.splice.replace import Hook
 

@@ -23,8 +23,9 @@ from routesae_lens.hook_points import (
 )
 from routesae_lens.saes.crosscoder import Crosscoder
 from routesae_lens.saes.fast_topk import Latents, decode_fast, encode_fast
+from routesae_lens.saes.forms import inference_form
 from routesae_lens.saes.layers import standardize
-from routesae_lens.saes.route_sae import RouteSAE, inference_form
+from routesae_lens.saes.route_sae import RouteSAE
 from routesae_lens.saes.router import Route
 from routesae_lens.saes.topk_function import TopKCode
 from routesae_lens.splice.replace import (

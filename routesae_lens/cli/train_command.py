@@ -365,8 +365,10 @@ def _config(
 
     from routesae_lens.saes.architectures import ROUTE_ARCHITECTURES
     from routesae_lens.saes.crosscoder import CROSSCODER_ARCHITECTURES
+    from routesae_lens.saes.experts import EXPERT_ARCHITECTURES
 
-    architectures = ROUTE_ARCHITECTURES | CROSSCODER_ARCHITECTURES
+    experts = {"route_scale": EXPERT_ARCHITECTURES["route_scale"]}  # (the others read one layer)
+    architectures = ROUTE_ARCHITECTURES | CROSSCODER_ARCHITECTURES | experts
     if architecture not in architectures:
         raise ValueError(f"unknown architecture {architecture!r}; known: {', '.join(architectures)}")
     config = architectures[architecture]

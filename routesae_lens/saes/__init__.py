@@ -2,5 +2,6 @@
 
 from routesae_lens.saes import architectures as architectures
 from routesae_lens.saes import crosscoder as crosscoder
+from routesae_lens.saes import experts as experts
 from routesae_lens.saes import store as store
 from routesae_lens.saes import transcoder as transcoder

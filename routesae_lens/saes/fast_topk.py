@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +57,14 @@ def _hooked(sae: SAE[Any]) -> bool:
     return any(point._forward_hooks or point._forward_pre_hooks or point._backward_hooks for point in points)
 
 
+class OwnSparseCode(SAE[Any]):
+    """A TopK SAE that has a sparse form of its own for :func:`encode_topk`."""
+
+    def sparse_code(self, x: Float[Tensor, "batch d_in"], norm: Float[Tensor, " d_sae"] | None) -> TopKCode:
+        """The latents kept of ``x`` (in the SAE's dtype), in units of the decoder row; ``norm`` weights the choice."""
+        raise NotImplementedError
+
+
 def encode_topk(sae: SAE[Any], x: Float[Tensor, "batch d_in"]) -> TopKCode:
     """The latents that a TopK SAE keeps, without gradients; ask :func:`is_fast` first.
 
@@ -68,14 +77,11 @@ def encode_topk(sae: SAE[Any], x: Float[Tensor, "batch d_in"]) -> TopKCode:
     """
     norm = _norm(sae)
     x = x.to(sae.dtype)
-    code = topk_encode(
-        x - sae.b_dec if sae.cfg.apply_b_dec_to_input else x,
-        sae.W_enc,
-        sae.b_enc,
-        _k(sae),
-        relu=_relu(sae),
-        norm=norm,
-    )
+    if isinstance(sae, OwnSparseCode):
+        code = sae.sparse_code(x, norm)
+    else:
+        centered = x - sae.b_dec if sae.cfg.apply_b_dec_to_input else x
+        code = topk_encode(centered, sae.W_enc, sae.b_enc, latents_kept(sae), relu=has_relu(sae), norm=norm)
     return code if norm is None else code._replace(values=code.values * norm[code.indices])
 
 
@@ -87,12 +93,12 @@ def decode_topk(sae: SAE[Any], code: TopKCode) -> Float[Tensor, "batch d_in"]:
     return topk_decode(code, sae.W_dec, sae.b_dec)
 
 
-def _k(sae: Any) -> int:
+def latents_kept(sae: Any) -> int:
     """Latents per token now: the activation function's, which K-annealing changes from step to step."""
     return int(sae.activation_fn.k)
 
 
-def _relu(sae: Any) -> bool:
+def has_relu(sae: Any) -> bool:
     """(not from the config: that of a layer's view is SAELens' own, which has no such field)"""
     return not isinstance(sae.activation_fn, SignedTopK)
 
@@ -135,6 +141,13 @@ class Latents(NamedTuple):
         return cls(token, latent, dense[token, place])
 
 
+@dataclass
+class ScaledStepInput(TrainStepInput):
+    """A step input whose ``sae_in`` is ``scale`` times constants: a routed activation times its probability."""
+
+    scale: Float[Tensor, "*batch"] | None = None
+
+
 class FastTopK(TrainingSAE[Any]):
     """Mixin in front of SAELens' ``TopKTrainingSAE``: its training step through :func:`topk_autoencode`.
 
@@ -144,14 +157,15 @@ class FastTopK(TrainingSAE[Any]):
     """
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        if not is_fast(self) or _k(self) > FEW * self.cfg.d_sae:
+        if not is_fast(self) or latents_kept(self) > FEW * self.cfg.d_sae:
             return super().training_forward_pass(step_input)
         x = step_input.sae_in.flatten(0, -2).to(self.dtype)
         dead = None
         if self.cfg.aux_loss_coefficient and step_input.dead_neuron_mask is not None:
             dead = step_input.dead_neuron_mask.nonzero().flatten()
             dead = dead if len(dead) else None
-        code = self._autoencode(x, dead)
+        scale = getattr(step_input, "scale", None)
+        code = self._autoencode(x, dead, None if scale is None else scale.flatten())
         mse_loss = self.mse_loss_fn(code.out, x).sum(dim=-1).mean()
         losses = {"mse_loss": mse_loss}
         if self.cfg.aux_loss_coefficient:
@@ -176,19 +190,22 @@ class FastTopK(TrainingSAE[Any]):
             losses=losses,
         )
 
-    def _autoencode(self, x: Float[Tensor, "batch d_in"], dead: Tensor | None) -> TopKOutput:
+    def _autoencode(
+        self, x: Float[Tensor, "batch d_in"], dead: Tensor | None, scale: Float[Tensor, " batch"] | None
+    ) -> TopKOutput:
         return topk_autoencode(
             x,
             self.W_enc,
             self.b_enc,
             self.W_dec,
             self.b_dec,
-            _k(self),
-            relu=_relu(self),
+            latents_kept(self),
+            relu=has_relu(self),
             weight_by_norm=self.cfg.rescale_acts_by_decoder_norm,
             subtract_b_dec=self.cfg.apply_b_dec_to_input,
             dead=dead,
             k_dead=0 if dead is None else min(self._most_revived, len(dead)),
+            scale=scale,
         )
 
     @property

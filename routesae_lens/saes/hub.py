@@ -19,7 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from sae_lens import SAE, TrainingSAE, upload_saes_to_huggingface
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
-from routesae_lens.saes.route_sae import inference_form
+from routesae_lens.saes.forms import inference_form
 
 PACKAGE = "routesae-lens"
 CITATION = """@misc{shi2025routesae,
@@ -37,6 +37,9 @@ _FIELDS = {
     "d_model": "d_model",
     "d_sae": "Latents",
     "k": "k",
+    "n_experts": "Experts",
+    "active_experts": "Experts per token",
+    "expert_weights": "Weights of experts",
     "relu": "ReLU after TopK",
     "standardize": "Each token's activations standardised",
     "normalize_activations": "SAELens input normalisation",

@@ -60,7 +60,7 @@ def layer_view(sae: RouteSAE, layer: int, hook_name: str | None = None) -> SAE[A
         ValueError: the layer is not routed, or ``relu=False``, which no stock class can represent.
     """
     index = _index(sae, layer)
-    if getattr(sae.cfg, "relu", True) is False:
+    if getattr(sae.cfg, "relu", True) is False and not hasattr(sae.shared_config, "relu"):
         raise ValueError(
             f"this {type(sae).__name__} has relu=False: its latents may be negative, which a stock "
             f"{sae.shared_class.__name__} sets to zero. No layer view of it would be exact; use the RouteSAE itself"
@@ -107,9 +107,15 @@ def save_layer_views(sae: RouteSAE, path: str | Path, layers: Sequence[int] | No
         The folder of each layer.
 
     Raises:
-        ValueError: as for :func:`layer_view`, or such a folder is there already; nothing is written then.
+        ValueError: as for :func:`layer_view`, a shared SAE that SAELens does not have, or such a folder is there
+            already; nothing is written then.
     """
     path = Path(path)
+    if not sae.shared_class.__module__.startswith("sae_lens."):
+        raise ValueError(
+            f"views of a {type(sae).__name__} are {sae.shared_class.__name__}s, which SAELens does not have: nothing "
+            "could read them without this package. Save the SAE itself, or use layer_view"
+        )
     chosen = sae.layers if layers is None else check_layers(layers)
     views = {layer: layer_view(sae, layer) for layer in chosen}  # a refusal comes before anything is written
     folders = {layer: path / str(view.cfg.metadata.hook_name) for layer, view in views.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float, Int
 from sae_lens import (
     SAE,
-    TrainingSAE,
 )
 from sae_lens.saes.sae import (
     SAEConfig,
@@ -29,7 +28,7 @@ from sae_lens.saes.sae import (
 from torch import Tensor, nn
 
 from routesae_lens.saes.distillation import distill, route_metrics, router_losses
-from routesae_lens.saes.fast_topk import decode_fast, encode_fast
+from routesae_lens.saes.fast_topk import ScaledStepInput, decode_fast, encode_fast
 from routesae_lens.saes.layers import Layers
 from routesae_lens.saes.router import (
     AGGREGATORS,
@@ -131,7 +130,8 @@ class Routed(StackSAE):
         )
         if choice.mixture is not None:
             routed = torch.einsum("...ld,...l->...d", layers.x, choice.mixture)
-            return Route(choice.probs, choice.layer, choice.mixture, routed, choice.scale)
+            # (only a scale that is all there is between constants and the input may have a gradient, see _routed)
+            return Route(choice.probs, choice.layer, choice.mixture, routed, choice.scale.detach())
         return self.read_layers(layers, choice.probs, choice.layer, choice.scale)
 
     def read_layers(
@@ -283,7 +283,7 @@ class RouteTrainingSAE(Routed, StackTrainingSAE):
         if self.cfg.routing == "distilled":
             lesson = distill(self, self.layers_of(step_input.sae_in), step_input.n_training_steps)
         route = lesson.route if lesson else self.route(step_input.sae_in, draw=step_input.n_training_steps)
-        output = super().training_forward_pass(replace(step_input, sae_in=route.input))
+        output = super().training_forward_pass(_routed(step_input, route))
         losses = router_losses(route, step_input.coefficients) | (lesson.losses if lesson else {})
         output.losses.update(losses)
         output.loss = output.loss + sum(losses.values())
@@ -345,6 +345,14 @@ class RouteTrainingSAE(Routed, StackTrainingSAE):
             self.fold_and_get_W_dec_norm()
 
 
+def _routed(step_input: TrainStepInput, route: Route) -> TrainStepInput:
+    """``step_input`` for the shared SAE."""
+    given = {field.name: getattr(step_input, field.name) for field in fields(step_input)}
+    # (what mixes layers has a constant scale; a stack with gradients is no constant)
+    scale = route.scale if route.scale.requires_grad and not step_input.sae_in.requires_grad else None
+    return ScaledStepInput(**given | {"sae_in": route.input, "scale": scale})
+
+
 @contextmanager
 def _sized_for_d_model(cfg: Any) -> Iterator[None]:
     d_in = cfg.d_in
@@ -353,56 +361,3 @@ def _sized_for_d_model(cfg: Any) -> Iterator[None]:
         yield
     finally:
         cfg.d_in = d_in
-
-
-def inference_form(sae: TrainingSAE[Any], scaling_factor: float | None = None) -> SAE[Any]:
-    """The inference SAE that ``sae.save_inference_model`` would write, without going through the disk.
-
-    Args:
-        sae: any SAELens training SAE; it is left untouched.
-        scaling_factor: input scale of a run in progress under ``expected_average_only_in``, to be folded.
-    """
-    state = {name: tensor.detach().clone() for name, tensor in sae.state_dict().items()}
-    sae.process_state_dict_for_saving_inference(state)
-    cfg_dict = sae.cfg.get_inference_sae_cfg_dict()
-    device, cfg_dict["device"] = cfg_dict["device"], "meta"
-    inference: SAE[Any] = SAE.from_dict(cfg_dict)
-    inference.cfg.device = device
-    inference.process_state_dict_for_loading(state)
-    inference.load_state_dict(state, assign=True)
-    inference = inference.to(device=device, dtype=sae.dtype)
-    if scaling_factor is not None:
-        inference.fold_activation_norm_scaling_factor(scaling_factor)
-    return inference.eval()
-
-
-def with_routing(
-    sae: SAE[Any], routing: str, *, fixed_layer: int | None = None, route_seed: int = 0
-) -> RouteSAE:
-    """The same shared SAE behind another routing rule; parameters are shared, not copied.
-
-    Serves questions such as: what would this dictionary cost at one fixed layer, at a random one, at the one it
-    reconstructs best ("oracle")? All of them read the activation unscaled; a RouteSAE trained with
-    ``routing="hard"`` has seen it times p.
-
-    Raises:
-        ValueError: not an inference RouteSAE, or a rule with a learned router that ``sae`` does not have.
-    """
-    if not isinstance(sae, RouteSAE):
-        raise ValueError(f"expected an inference RouteSAE, got {type(sae).__name__} (inference_form(sae)?)")
-    cfg = sae.cfg.to_dict() | {"routing": routing, "fixed_layer": fixed_layer, "route_seed": route_seed}
-    cfg["device"] = "meta"
-    other = SAE.from_dict(cfg)
-    assert isinstance(other, RouteSAE)
-    other.cfg.device = sae.cfg.device
-    theirs = dict(sae.named_parameters())
-    for name, _ in list(other.named_parameters()):
-        if name not in theirs:
-            raise ValueError(
-                f"routing={routing!r} needs {name}, which an SAE trained with {sae.cfg.routing!r} lacks"
-            )
-        setattr(other, name, theirs[name])
-    for name, buffer in sae.named_buffers():
-        setattr(other, name, buffer)
-    other.use_error_term = sae.use_error_term
-    return other.train(sae.training)

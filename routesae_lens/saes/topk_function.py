@@ -34,7 +34,7 @@ with warnings.catch_warnings():  # torch says once per process that sparse CSR t
 ROWS_AT_ONCE = {"cpu": 256, "cuda": 4096}
 """Rows encoded together: few enough for the cache (CPU) or the memory, many enough for a fast product."""
 GROUP = 16
-"""Latents of which only the largest competes at first, see :func:`_largest`."""
+"""Latents of which only the largest competes at first, see :func:`largest`."""
 
 
 class TopKCode(NamedTuple):
@@ -70,6 +70,7 @@ def topk_autoencode(
     subtract_b_dec: bool = False,
     dead: Int[Tensor, " dead"] | None = None,
     k_dead: int = 0,
+    scale: Float[Tensor, " batch"] | None = None,
 ) -> TopKOutput:
     """Reconstruction from the k largest pre-activations ``x @ W_enc + b_enc``.
 
@@ -86,11 +87,24 @@ def topk_autoencode(
         dead: latents to be revived: ``dead_out`` is made of the ``k_dead`` largest of them, negative ones
             included (Gao et al., 2024, appendix A.2).
         k_dead: at most ``len(dead)``.
+        scale: says that ``x`` is this factor (not 0) times constants. The gradient that would go to ``x`` goes to
+            the factor instead, at next to no cost: the product of a constant with an encoder column is known
+            from the pre-activation.
     """
-    centered = x - b_dec if subtract_b_dec else x
     norm = W_dec.detach().norm(dim=-1) if weight_by_norm else None
     out, values, indices, dead_out = _TopKAutoencode.apply(
-        centered, W_enc, b_enc, W_dec, b_dec, norm, dead, k, k_dead, relu
+        x if scale is None else x.detach(),
+        scale,
+        W_enc,
+        b_enc,
+        W_dec,
+        b_dec,
+        norm,
+        dead,
+        k,
+        k_dead,
+        relu,
+        subtract_b_dec,
     )
     return TopKOutput(out, values, indices, None if dead is None else dead_out)
 
@@ -143,7 +157,7 @@ def topk_decode(
     code: TopKCode, W_dec: Float[Tensor, "d_sae d_out"], b_dec: Float[Tensor, " d_out"]
 ) -> Float[Tensor, "batch d_out"]:
     """The reconstruction of :func:`topk_encode`'s code."""
-    return _decode(code, W_dec).add_(b_dec)
+    return decode(code, W_dec).add_(b_dec)
 
 
 # --- Forward and backward -------------------------------------------------------------------------------
@@ -154,6 +168,7 @@ class _TopKAutoencode(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        scale: Tensor | None,
         W_enc: Tensor,
         b_enc: Tensor,
         W_dec: Tensor,
@@ -163,51 +178,61 @@ class _TopKAutoencode(torch.autograd.Function):
         k: int,
         k_dead: int,
         relu: bool,
+        subtract_b_dec: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x = x - b_dec if subtract_b_dec else x
         code, pre_dead = _encode(x, W_enc, b_enc, norm, k, relu, dead)
         left_out, dead_out = None, x.new_empty(0)
         if dead is not None:
             left_out = _left_out(pre_dead, None if norm is None else norm[dead], k_dead)
             if left_out is not None:
                 pre_dead.masked_fill_(left_out, 0.0)
-            dead_out = _product(pre_dead, W_dec[dead])
-        ctx.save_for_backward(x, W_enc, W_dec, *code, dead, pre_dead, left_out)
-        ctx.relu, ctx.dtype = relu, _autocast_dtype(x)
+            dead_out = product(pre_dead, W_dec[dead])
+        ctx.save_for_backward(x, scale, W_enc, b_enc, W_dec, b_dec, *code, dead, pre_dead, left_out)
+        ctx.relu, ctx.subtract_b_dec, ctx.dtype = relu, subtract_b_dec, autocast_dtype(x)
         ctx.mark_non_differentiable(*code, *([] if dead is not None else [dead_out]))
-        return _decode(code, W_dec).add_(b_dec), *code, dead_out
+        return decode(code, W_dec).add_(b_dec), *code, dead_out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, W_enc, W_dec, values, indices, dead, revived, left_out = ctx.saved_tensors
+        x, scale, W_enc, b_enc, W_dec, b_dec, values, indices, dead, revived, left_out = ctx.saved_tensors
         d_sae, grad_out = len(W_dec), grads[0].contiguous()
-        grad_values = _at(grad_out, W_dec, indices)
+        grad_values = at(grad_out, W_dec, indices)
         if ctx.relu:
             grad_values *= values > 0
-        by_latent = _ByLatent(indices, d_sae)
+        by_latent = ByLatent(indices, d_sae)
         grad_b_enc = grad_values.new_zeros(d_sae).index_add_(0, indices.flatten(), grad_values.flatten())
         if dead is not None:
             grad_dead_out = grads[3]
-            grad_revived = _product(grad_dead_out, W_dec[dead].T, ctx.dtype)
+            grad_revived = product(grad_dead_out, W_dec[dead].T, ctx.dtype)
             if left_out is not None:
                 grad_revived.masked_fill_(left_out, 0.0)
             grad_b_enc.index_add_(0, dead, grad_revived.sum(0))
-        grad_x = rows = None
+        grad_x = grad_scale = None
         if ctx.needs_input_grad[0]:
             rows = W_enc.T.contiguous()
-            grad_x = _decode(TopKCode(grad_values, indices), rows)
+            grad_x = decode(TopKCode(grad_values, indices), rows)
             if dead is not None:
-                grad_x += _product(grad_revived, rows[dead], ctx.dtype)
-        # Memory new to the process costs as much as what is done in it, so the gradient is made in ``rows``.
-        rows = by_latent.product(grad_values, x, out=rows)
+                grad_x += product(grad_revived, rows[dead], ctx.dtype)
+            del rows
+        if scale is not None and ctx.needs_input_grad[1]:
+            # scale (x / scale) @ W_enc = pre-activation - bias, and grad_x is never made
+            bias = b_enc - b_dec @ W_enc if ctx.subtract_b_dec else b_enc
+            grad_scale = (grad_values * (values - bias[indices])).sum(1)
+            if dead is not None:
+                grad_scale += (grad_revived * (revived - bias[dead])).sum(1)
+            grad_scale /= scale
+        grad_W_enc = by_latent.product(grad_values, x, transposed=True)
         if dead is not None:
-            rows.index_add_(0, dead, _product(grad_revived.T, x, ctx.dtype))
-        grad_W_enc = rows.T.contiguous()
-        del rows
+            grad_W_enc.index_add_(1, dead, product(x.T, grad_revived, ctx.dtype))
         grad_W_dec = by_latent.product(values, grad_out)
         if dead is not None:
-            grad_W_dec.index_add_(0, dead, _product(revived.T, grad_dead_out, ctx.dtype))
-        return grad_x, grad_W_enc, grad_b_enc, grad_W_dec, grad_out.sum(0), *[None] * 5
+            grad_W_dec.index_add_(0, dead, product(revived.T, grad_dead_out, ctx.dtype))
+        grad_b_dec = grad_out.sum(0)
+        if ctx.subtract_b_dec:
+            grad_b_dec -= W_enc @ grad_b_enc
+        return grad_x, grad_scale, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, *[None] * 6
 
 
 def _encode(
@@ -223,18 +248,18 @@ def _encode(
     n, d_sae = len(x), W_enc.shape[1]
     code = TopKCode(x.new_empty(n, k), torch.empty(n, k, dtype=torch.int64, device=x.device))
     pre_dead = x.new_empty(n, 0 if dead is None else len(dead))
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x)
     narrow = None if dtype is None else W_enc.to(dtype)
     at_once = min(n, ROWS_AT_ONCE.get(x.device.type, n))
     pre, weighted = x.new_empty(at_once, d_sae), x.new_empty(0 if norm is None else at_once, d_sae)
-    for rows in _slices(n, at_once):
+    for rows in slices(n, at_once):
         here = pre[: rows.stop - rows.start]
         if narrow is None:
             torch.addmm(b_enc, x[rows], W_enc, out=here)
         else:
-            torch.add(_product(x[rows], narrow, dtype), b_enc, out=here)
+            torch.add(product(x[rows], narrow, dtype), b_enc, out=here)
         order = here if norm is None else torch.mul(here, norm, out=weighted[: len(here)])
-        code.indices[rows] = _largest(order, k).sort(dim=-1).values
+        code.indices[rows] = largest(order, k).sort(dim=-1).values
         torch.gather(here, -1, code.indices[rows], out=code.values[rows])
         if dead is not None:
             pre_dead[rows] = here.index_select(1, dead)
@@ -243,12 +268,12 @@ def _encode(
     return code, pre_dead
 
 
-def _slices(n: int, step: int) -> Iterator[slice]:
+def slices(n: int, step: int) -> Iterator[slice]:
     for start in range(0, n, max(step, 1)):
         yield slice(start, min(start + step, n))
 
 
-def _largest(pre: Float[Tensor, "row d_sae"], k: int) -> Int[Tensor, "row k"]:
+def largest(pre: Float[Tensor, "row d_sae"], k: int) -> Int[Tensor, "row k"]:
     """Places of the k largest, in no order.
 
     They lie in the k groups of the largest maxima: a latent of another group is topped by k maxima. So wide
@@ -273,14 +298,14 @@ def _left_out(pre: Tensor, norm: Tensor | None, k: int) -> Tensor | None:
     return torch.ones_like(pre, dtype=torch.bool).scatter_(-1, kept, False)
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     device = x.device.type
     if x.dtype == torch.float64:  # which autocast leaves alone
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """``a @ b`` in ``dtype`` (under autocast in its own), returned in the dtype of ``a``."""
     if dtype is None:
         return (a @ b).to(a.dtype)
@@ -290,14 +315,14 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 # --- Products with the code, a sparse (batch, d_sae) matrix ------------------------------------------------
 
 
-def _decode(code: TopKCode, W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "batch d_out"]:
+def decode(code: TopKCode, W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "batch d_out"]:
     """``A @ W_dec``, A the matrix that holds the values at the indices."""
     if kernels := kernels_for(W_dec):
         return kernels.decode(code.values, code.indices, W_dec)
     return embedding_bag(code.indices, W_dec.detach(), per_sample_weights=code.values, mode="sum")
 
 
-def _at(
+def at(
     x: Float[Tensor, "batch d_out"], W_dec: Float[Tensor, "d_sae d_out"], indices: Int[Tensor, "batch k"]
 ) -> Float[Tensor, "batch k"]:
     """``x @ W_dec.T`` at the indices only."""
@@ -315,14 +340,14 @@ def _at(
 
 
 def _at_gathered(x: Tensor, W_dec: Tensor, indices: Tensor, elements: int = 2**26) -> Tensor:
-    """:func:`_at` for devices without the sampled product: gathers at most ``elements`` numbers at a time."""
+    """:func:`at` for devices without the sampled product: gathers at most ``elements`` numbers at a time."""
     result = x.new_empty(indices.shape)
-    for rows in _slices(len(x), max(1, elements // (indices.shape[1] * x.shape[1]))):
+    for rows in slices(len(x), max(1, elements // (indices.shape[1] * x.shape[1]))):
         result[rows] = torch.bmm(W_dec[indices[rows]], x[rows, :, None]).squeeze(-1)
     return result
 
 
-class _ByLatent:
+class ByLatent:
     """The code seen from the latents: for each latent its tokens."""
 
     def __init__(self, indices: Int[Tensor, "batch k"], d_sae: int):
@@ -333,20 +358,20 @@ class _ByLatent:
         self.starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
     def product(
-        self,
-        weights: Float[Tensor, "batch k"],
-        x: Float[Tensor, "batch d"],
-        out: Float[Tensor, "d_sae d"] | None = None,
-    ) -> Float[Tensor, "d_sae d"]:
-        """``A.T @ x``, A the (batch, d_sae) matrix that holds ``weights`` at the indices."""
+        self, weights: Float[Tensor, "batch k"], x: Float[Tensor, "batch d"], *, transposed: bool = False
+    ) -> Tensor:
+        """``A.T @ x`` (d_sae, d) or its transpose, A the (batch, d_sae) matrix of ``weights`` at the indices."""
         weights = weights.flatten()[self.order]
         if kernels := kernels_for(x):
-            return kernels.by_latent(weights, self.tokens, self.starts, x, out)
-        if out is None:
-            return self._sums(weights, x, slice(0, len(self.starts) - 1))
-        for latents in _slices(len(out), max(1, 2**20 // x.shape[1])):  # (a part stays in the cache)
-            out[latents] = self._sums(weights, x, latents)
-        return out
+            rows: Tensor = kernels.by_latent(weights, self.tokens, self.starts, x)
+            return rows.T.contiguous() if transposed else rows
+        d_sae = len(self.starts) - 1
+        if not transposed:
+            return self._sums(weights, x, slice(0, d_sae))
+        result = x.new_empty(x.shape[1], d_sae)
+        for latents in slices(d_sae, max(1, 2**18 // x.shape[1])):  # (a part stays in the cache)
+            result[:, latents] = self._sums(weights, x, latents).T
+        return result
 
     def _sums(self, weights: Tensor, x: Tensor, latents: slice) -> Tensor:
         starts = self.starts[latents.start : latents.stop + 1]

@@ -31,7 +31,6 @@ def by_latent(
     tokens: Int[Tensor, " places"],
     starts: Int[Tensor, " ends"],
     x: Float[Tensor, "batch d"],
-    out: Float[Tensor, "d_sae d"] | None = None,
 ) -> Float[Tensor, "d_sae d"]:
     """For each latent the sum of its tokens' rows of ``x`` times their weights.
 
@@ -39,9 +38,8 @@ def by_latent(
         weights, tokens: latent after latent.
         starts: where each latent's begin, and the end (d_sae + 1 numbers).
         x: what is summed.
-        out: contiguous, is overwritten.
     """
-    out = x.new_empty(len(starts) - 1, x.shape[1]) if out is None else out
+    out = x.new_empty(len(starts) - 1, x.shape[1])
     return _weighted_sums(weights, tokens, starts, x.contiguous(), out)
 
 

@@ -36,6 +36,7 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAEConfig
 
 from routesae_lens.backends import backend_of
+from routesae_lens.saes.expert_mixins import ExpertFields
 from routesae_lens.saes.fast_topk import DEVICES, FEW, FastTopK
 from routesae_lens.training.rows import BUFFER_DTYPES, capacity_for
 
@@ -46,6 +47,9 @@ auxiliary loss) takes three more: pre-activations, which are chosen, and gradien
 FAST_KEPT, DENSE_KEPT = 26, 3
 """Numbers for every latent that a step keeps (measured), beside one batch x d_sae less than the above: they count
 where k is a large part of the width, as at the start of K-annealing."""
+SCALED = {"none": 0, "mean": 1, "learned": 3, "identity": 4}
+"""Matrices of d_model x d_sae that feature scaling of experts makes in a step (measured): low-pass part, scaled
+encoder, gradients. Where the step is dense it always makes what "identity" does."""
 STACK_TENSORS = 6
 """Tensors of batch x d_in likewise: the batch, standardised, reconstructed, errors, gradients. Where one layer is
 read of each token, all but the batch are of batch x d_model."""
@@ -213,10 +217,17 @@ def _step(cfg: TrainingSAEConfig, batch_size: int) -> int:
     rows = batch_size * (getattr(cfg, "n_layers", 1) if getattr(cfg, "routing", "") == "every" else 1)
     tensors, kept = (FAST_STEP, FAST_KEPT) if fast else (DENSE_STEP, DENSE_KEPT)
     latents = max(tensors * cfg.d_sae, (tensors - 1) * cfg.d_sae + int(kept * k))
-    latents += revival * cfg.d_sae if fast else 0
+    d_model = getattr(cfg, "d_model", cfg.d_in)
+    if fast and isinstance(cfg, ExpertFields):  # revives among the selected experts' alone
+        revived = min(d_model // 2, cfg.active_experts * cfg.expert_width)
+        latents += FAST_KEPT * revived if revival else 0
+    elif fast:
+        latents += revival * cfg.d_sae
+    scaling = getattr(cfg, "feature_scaling", "none")
+    matrices = SCALED[scaling if fast or scaling == "none" else "identity"]
     one_layer = getattr(cfg, "routing", None) in READ_ONE_LAYER and cfg.aggregator in READ_THE_SUM
     read = cfg.d_in + (STACK_TENSORS - 1) * cfg.d_model if one_layer else STACK_TENSORS * cfg.d_in
-    return 4 * (rows * latents + batch_size * read)
+    return 4 * (rows * latents + batch_size * read + matrices * d_model * cfg.d_sae)
 
 
 def _vocabulary(model: Any) -> int:

@@ -22,6 +22,7 @@ from routesae_lens.backends import backend_of
 from routesae_lens.hook_points import check_layers, layer_hook_name
 from routesae_lens.saes.architectures import ROUTE_ARCHITECTURES
 from routesae_lens.saes.crosscoder import CROSSCODER_ARCHITECTURES
+from routesae_lens.saes.experts import EXPERT_ARCHITECTURES
 from routesae_lens.saes.k_annealing import AnnealedTopKTrainingSAEConfig
 from routesae_lens.training.presets import PRESETS
 
@@ -127,6 +128,13 @@ def _route(**given: Any) -> Method:
     return Method(partial(_stacked, config, "k", **given), config=config, sets=_sets("k", *given))
 
 
+def _experts(*, one_layer: bool = False, **given: Any) -> Method:
+    config: Any = EXPERT_ARCHITECTURES["route_scale"]
+    make = partial(_stacked, config, "k", **given)
+    make = partial(_on_one_layer, make) if one_layer else make
+    return Method(make, one_layer=one_layer, config=config, sets=_sets("k", *given))
+
+
 def _single(architecture: str, sparsity_field: str, **about: Any) -> Method:
     config: Any = ROUTE_ARCHITECTURES[architecture]
     make = partial(_on_one_layer, partial(_stacked, config, sparsity_field))
@@ -174,6 +182,11 @@ METHODS: dict[str, Method] = {
         AnnealedTopKTrainingSAEConfig, {**PRESETS["llama_scope"].sae, "k_anneal_steps": 0}, "k_anneal_steps"
     ),
     "mlsae": _route(routing="every"),
+    # Mixtures of experts; their numbers are options (n_experts, active_experts)
+    "switch": _experts(one_layer=True, active_experts=1, feature_scaling="none"),
+    "scale": _experts(one_layer=True),
+    "scale_unscaled": _experts(one_layer=True, feature_scaling="none"),
+    "route_scale": _experts(),
     # One code for all layers together
     "crosscoder_topk": _crosscoder("crosscoder_topk", "k"),
     "crosscoder_batchtopk": _crosscoder("crosscoder_batchtopk", "k"),

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from routesae_lens.analysis.evaluate import evaluate_all
 from routesae_lens.analysis.stream import check_tokens
-from routesae_lens.saes.route_sae import with_routing
+from routesae_lens.saes.forms import with_routing
 from routesae_lens.training.checkpoint import flat
 from routesae_lens.training.data import load_text
 from routesae_lens.training.log import plain
