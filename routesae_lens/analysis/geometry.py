@@ -18,10 +18,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
+from sae_lens import TrainingSAE
 from torch import Tensor
 from tqdm import tqdm
 
+from routesae_lens.hook_points import split_layers
 from routesae_lens.saes.crosscoder import Crosscoded
+from routesae_lens.saes.forms import inference_form
 
 ROWS_AT_ONCE, COLUMNS_AT_ONCE = 1024, 8192
 """Size of a block of cosines: 32 MiB of float32."""
@@ -35,6 +38,16 @@ class Neighbours:
     """-1 to 1; 0 where there is no further neighbour."""
     latents: Int[Tensor, "latent n"]
     """Their numbers; -1 where there is no further neighbour."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of latents of two dictionaries, in no particular order."""
+
+    rows: Int[Tensor, " pair"]
+    """Latents of the first."""
+    columns: Int[Tensor, " pair"]
+    """Latents of the second."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +104,31 @@ def decoder_directions(sae: Any, layer: int | None = None) -> Float[Tensor, "d_s
     return sae.layer_decoder(layer).detach()
 
 
+def encoder_directions(sae: Any, layer: int | None = None) -> Float[Tensor, "d_sae d"]:
+    """The encoder columns of an SAE as rows: what each latent reads. Otherwise as :func:`decoder_directions`.
+
+    Of an SAE in training those of its inference form, which has feature scaling in them.
+
+    Raises:
+        ValueError: no encoder, a layer that the Crosscoder lacks, or ``layer`` for an SAE with one encoder.
+    """
+    if isinstance(sae, TrainingSAE):
+        sae = inference_form(sae)
+    W_enc = getattr(sae, "W_enc", None)
+    if not isinstance(W_enc, Tensor):
+        raise ValueError(f"expected an SAE with an encoder W_enc, got {type(sae).__name__}")
+    rows = W_enc.detach().T
+    if layer is None:
+        return rows
+    if not isinstance(sae, Crosscoded):
+        raise ValueError(
+            f"a {type(sae).__name__} has one encoder for all it reads; layer={layer!r} needs a Crosscoder"
+        )
+    if layer not in sae.layers:
+        raise ValueError(f"this {type(sae).__name__} reads blocks {sae.layers}, not block {layer!r}")
+    return split_layers(rows, sae.cfg.n_layers)[:, sae.layers.index(layer)]
+
+
 def nearest_within(
     W_dec: Float[Tensor, "d_sae d"],
     n: int = 1,
@@ -141,6 +179,40 @@ def best_matches(
     """
     found = nearest_across(W_from, W_to, progress=progress)
     return BestMatches(found.cosines[:, 0], found.latents[:, 0])
+
+
+@torch.no_grad()
+def pairs_from(
+    W_from: Float[Tensor, "d_from d"],
+    W_to: Float[Tensor, "d_to d"],
+    threshold: float,
+    *,
+    progress: bool = True,
+) -> Pairs:
+    """All pairs whose cosine is ``threshold`` or more, in the same blocks as :func:`best_matches`.
+
+    Memory grows with the number of pairs: all of them where ``threshold`` is low.
+
+    Raises:
+        ValueError: as :func:`nearest_across`, or a threshold that is not above 0 and at most 1.
+    """
+    check_pair(W_from, W_to)
+    if not 0 < threshold <= 1:
+        raise ValueError(f"a threshold on cosines must be above 0 and at most 1, got {threshold}")
+    rows, columns = [], []
+    for start in tqdm(
+        range(0, len(W_from), ROWS_AT_ONCE),
+        desc=f"pairs of {len(W_from):,} latents with {len(W_to):,}",
+        unit="block",
+        disable=not progress,
+    ):
+        ours, _ = unit_rows(W_from[start : start + ROWS_AT_ONCE])
+        for first in range(0, len(W_to), COLUMNS_AT_ONCE):
+            theirs, _ = unit_rows(W_to[first : first + COLUMNS_AT_ONCE].to(ours.device))
+            row, column = ((ours @ theirs.T).clamp_(-1, 1) >= threshold).nonzero(as_tuple=True)
+            rows.append(row.cpu() + start)
+            columns.append(column.cpu() + first)
+    return Pairs(torch.cat(rows), torch.cat(columns))
 
 
 def cosine_bound(n_features: int, d: int) -> float:
@@ -201,11 +273,11 @@ def _nearest(
         unit="block",
         disable=not progress,
     ):
-        rows, alive = _unit(W_from[ids])
+        rows, alive = unit_rows(W_from[ids])
         best = rows.new_full((len(ids), 0), -torch.inf)
         who = ids.new_full((len(ids), 0), -1)
         for start in range(0, len(W_to), COLUMNS_AT_ONCE):
-            columns, candidates = _unit(W_to[start : start + COLUMNS_AT_ONCE].to(device))
+            columns, candidates = unit_rows(W_to[start : start + COLUMNS_AT_ONCE].to(device))
             block = (rows @ columns.T).clamp_(-1, 1)
             block[:, ~(candidates & among[start : start + COLUMNS_AT_ONCE].to(device))] = -torch.inf
             block[~alive] = -torch.inf
@@ -222,7 +294,7 @@ def _nearest(
     return Neighbours(torch.cat(cosines), torch.cat(numbers))
 
 
-def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
+def unit_rows(rows: Float[Tensor, "row d"]) -> tuple[Float[Tensor, "row d"], Bool[Tensor, " row"]]:
     """Rows of norm 1 in float32, and which are not zero; rows of zeros stay zero."""
     rows = rows.float()
     largest = rows.abs().amax(dim=-1, keepdim=True)
@@ -247,7 +319,7 @@ def check_pair(W_from: Float[Tensor, "_ _"], W_to: Float[Tensor, "_ _"]) -> None
             raise ValueError(f"expected decoder rows (d_sae, d), one or more, got shape {tuple(W_dec.shape)}")
         for rows in W_dec.detach().split(COLUMNS_AT_ONCE):
             if not bool(rows.float().isfinite().all()):
-                raise ValueError("the decoder holds numbers that are not finite")
+                raise ValueError("the directions hold numbers that are not finite")
     if W_from.shape[1] != W_to.shape[1]:
         raise ValueError(
             f"rows of {W_from.shape[1]} and of {W_to.shape[1]} numbers have no cosine: both dictionaries must "

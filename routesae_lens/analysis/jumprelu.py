@@ -29,7 +29,8 @@ from torch import Tensor
 from routesae_lens.analysis.evaluate import evaluate_all
 from routesae_lens.analysis.metrics import Evaluation
 from routesae_lens.analysis.stream import check_tokens, kept_tokens, read_batches, subjects_of
-from routesae_lens.saes.route_sae import RouteSAE, inference_form
+from routesae_lens.saes.forms import inference_form
+from routesae_lens.saes.route_sae import RouteSAE
 from routesae_lens.saes.stack import StackSAE
 from routesae_lens.saes.threshold import check_calibration, find_threshold
 
@@ -144,7 +145,7 @@ def to_jumprelu(
     check_tokens(tokens, model)
     counted = int(kept_tokens(tokens, model, exclude_special_tokens, exclude_first_position).sum())
     check_calibration(k, tolerance, d_sae=topk.cfg.d_sae, tokens=counted)
-    jumprelu = _without_threshold(topk)
+    jumprelu = as_jumprelu(topk, JUMPRELU[topk.cfg.architecture()])
     folded = topk.cfg.rescale_acts_by_decoder_norm
     if folded:
         jumprelu.fold_W_dec_norm()
@@ -261,14 +262,16 @@ def _scale_folded(sae: SAE[Any], scaling_factor: int | float | None) -> SAE[Any]
     return sae
 
 
-def _without_threshold(sae: SAE[Any]) -> SAE[Any]:
-    """A copy of a TopK SAE as a JumpReLU SAE with thresholds 0, decoder norms not folded yet."""
-    cfg = copy.deepcopy(sae.cfg.to_dict())
-    cfg |= {"architecture": JUMPRELU[sae.cfg.architecture()], "device": "meta"}  # made without memory
+def as_jumprelu(sae: SAE[Any], architecture: str) -> SAE[Any]:
+    """A copy of ``sae``, its weights and all settings, as ``architecture``; thresholds are 0 where it has none.
+
+    In float32 at least. Decoder norms are not folded.
+    """
+    cfg = copy.deepcopy(sae.cfg.to_dict()) | {"architecture": architecture, "device": "meta"}  # (no memory)
     jumprelu: SAE[Any] = SAE.from_dict(cfg)
     jumprelu.cfg.device = sae.cfg.device
     dtype = torch.promote_types(sae.W_enc.dtype, torch.float32)
     state = {name: tensor.detach().to(dtype, copy=True) for name, tensor in sae.state_dict().items()}
-    state["threshold"] = torch.zeros_like(state["b_enc"])
+    state.setdefault("threshold", torch.zeros_like(state["b_enc"]))
     jumprelu.load_state_dict(state, assign=True)
     return jumprelu.to(device=sae.W_dec.device, dtype=dtype).eval()
