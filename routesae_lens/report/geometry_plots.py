@@ -72,11 +72,7 @@ def save_figure(found: FeatureMap | MatchDistribution, path: str | Path, *, dark
     Raises:
         ValueError: an ending that is neither .svg, .png nor .pdf, or no such folder.
     """
-    path = Path(path)
-    if path.suffix not in (".svg", ".png", ".pdf"):
-        raise ValueError(f"a figure is written as .svg, .png or .pdf, got {path.name!r}")
-    if not path.parent.is_dir():
-        raise ValueError(f"there is no folder {path.parent} to write {path.name} to")
+    path = figure_path(path)
     colours = DARK if dark else LIGHT
     figure, axes = empty_figure(*(MAP_SIZE if isinstance(found, FeatureMap) else MATCHES_SIZE))
     if isinstance(found, FeatureMap):
@@ -85,6 +81,25 @@ def save_figure(found: FeatureMap | MatchDistribution, path: str | Path, *, dark
         _draw_matches(figure, axes, found, colours)
     figure.patch.set_facecolor(colours.surface)
     axes.patch.set_facecolor(colours.surface)
+    return write_figure(figure, path)
+
+
+def figure_path(path: str | Path) -> Path:
+    """``path``, if a figure can be written there.
+
+    Raises:
+        ValueError: an ending that is neither .svg, .png nor .pdf, or no such folder.
+    """
+    path = Path(path)
+    if path.suffix not in (".svg", ".png", ".pdf"):
+        raise ValueError(f"a figure is written as .svg, .png or .pdf, got {path.name!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent} to write {path.name} to")
+    return path
+
+
+def write_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure whole or not at all, the same bytes for the same figure; names in it may hold dollar signs."""
     partial = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         with rc_context({"svg.hashsalt": path.stem, "text.parse_math": False}):
