@@ -6,8 +6,14 @@ model -> multi-layer hook point -> route -> shared SAE -> trainer -> splice -> e
 
 from importlib.metadata import version
 
+from routesae_lens.analysis.activation_overlap import (
+    ActivationSimilarity,
+    OverlapCounter,
+    activation_similarity,
+)
 from routesae_lens.analysis.completions import Completion, GenerationOptions, complete
 from routesae_lens.analysis.evaluate import SpliceEvaluator, evaluate, evaluate_all, held_out_tokens
+from routesae_lens.analysis.expert_use import ExpertCounter, ExpertUse, expert_utilisation
 from routesae_lens.analysis.feature_map import FeatureMap, feature_map
 from routesae_lens.analysis.feature_set import (
     BlockActivity,
@@ -32,16 +38,32 @@ from routesae_lens.analysis.geometry import (
     best_matches,
     cosine_bound,
     decoder_directions,
+    encoder_directions,
     nearest_across,
     nearest_within,
 )
+from routesae_lens.analysis.insertion import (
+    InsertionEffects,
+    ThresholdChoice,
+    choose_threshold,
+    insertion_effects,
+)
 from routesae_lens.analysis.jumprelu import Comparison, Conversion, compare_conversion, to_jumprelu
+from routesae_lens.analysis.latent_split import LatentGroup, LatentSplit, split_latents
+from routesae_lens.analysis.layer_coverage import CoveredLayer, LayerCoverage, layer_coverage
 from routesae_lens.analysis.layer_profiles import LayerProfiles, layer_profiles
 from routesae_lens.analysis.match_distribution import MatchDistribution, match_distribution
+from routesae_lens.analysis.meta_latents import MetaLatents, meta_latents
 from routesae_lens.analysis.metrics import Evaluation
 from routesae_lens.analysis.model_comparison import ModelComparison, compare_models
 from routesae_lens.analysis.next_tokens import kl_per_token
 from routesae_lens.analysis.prompts import Conversations, Prompt, conversation_tokens
+from routesae_lens.analysis.redundancy import (
+    ExpertSimilarity,
+    Redundancy,
+    expert_similarity,
+    feature_redundancy,
+)
 from routesae_lens.analysis.routing import RoutingProfile, analyse_routing, training_shares
 from routesae_lens.analysis.steering import (
     DoseResponse,
@@ -50,8 +72,11 @@ from routesae_lens.analysis.steering import (
     dose_response,
     steer_completions,
 )
+from routesae_lens.analysis.stitched_sae import Move, Stitching
+from routesae_lens.analysis.stitching import StitchingCurve, StitchingStep, stitch
 from routesae_lens.analysis.stream import Batch, kept_tokens, read_batches, subjects_of
 from routesae_lens.analysis.token_classes import TOKEN_CLASSES, class_table, token_class
+from routesae_lens.analysis.token_sets import Activity, chosen_tokens, read_token_set
 from routesae_lens.analysis.view_differences import ViewDifference, compare_views
 from routesae_lens.backends import backend_of
 from routesae_lens.demo import demo_model_path, demo_text_path
@@ -73,9 +98,11 @@ from routesae_lens.report.interpret import Estimate, estimate_interpretation, in
 from routesae_lens.report.interpretations import Interpretations, MeanScore, Usage
 from routesae_lens.report.judges import Judge, JudgeError, JudgeRefused, Reply
 from routesae_lens.report.local_judge import LocalJudge
+from routesae_lens.report.meta_record import MetaRecord
 from routesae_lens.report.page import Report, write_report
 from routesae_lens.report.people_form import read_form, write_form
 from routesae_lens.report.prompt import Interpretation, build_prompt, parse_answer
+from routesae_lens.report.stitching_plots import plot_layer_coverage, plot_stitching, plot_threshold
 from routesae_lens.saes.architectures import (
     ROUTE_ARCHITECTURES,
     RouteBatchTopKTrainingSAE,
@@ -116,10 +143,26 @@ from routesae_lens.saes.crosscoder import (
     CrosscoderTopKTrainingSAE,
     CrosscoderTopKTrainingSAEConfig,
 )
+from routesae_lens.saes.experts import (
+    EXPERT_ARCHITECTURES,
+    RouteScaleSAE,
+    RouteScaleSAEConfig,
+    RouteScaleTrainingSAE,
+    RouteScaleTrainingSAEConfig,
+    ScaleSAE,
+    ScaleSAEConfig,
+    ScaleTrainingSAE,
+    ScaleTrainingSAEConfig,
+    SwitchSAE,
+    SwitchSAEConfig,
+    SwitchTrainingSAE,
+    SwitchTrainingSAEConfig,
+)
+from routesae_lens.saes.forms import inference_form, with_routing
 from routesae_lens.saes.hub import load_from_hub, model_card, push_to_hub
 from routesae_lens.saes.k_annealing import AnnealedTopKTrainingSAE, AnnealedTopKTrainingSAEConfig
 from routesae_lens.saes.layers import standardize
-from routesae_lens.saes.route_sae import RouteSAE, RouteTrainingSAE, inference_form, with_routing
+from routesae_lens.saes.route_sae import RouteSAE, RouteTrainingSAE
 from routesae_lens.saes.router import AGGREGATORS, ROUTINGS, Route
 from routesae_lens.saes.transcoder import (
     TRANSCODER_ARCHITECTURES,
@@ -135,6 +178,7 @@ from routesae_lens.splice.replace import splice_hooks
 from routesae_lens.training.data import load_text
 from routesae_lens.training.interruption import TrainingInterrupted
 from routesae_lens.training.memory import MemoryEstimate, estimate_memory
+from routesae_lens.training.meta_sae import train_meta_sae
 from routesae_lens.training.methods import METHODS, Method, make_config
 from routesae_lens.training.positions import scope_configs
 from routesae_lens.training.presets import PRESETS, Preset
@@ -145,6 +189,7 @@ from routesae_lens.training.train import TrainingResult, train
 __all__ = [
     "AGGREGATORS",
     "CROSSCODER_ARCHITECTURES",
+    "EXPERT_ARCHITECTURES",
     "METHODS",
     "PRESETS",
     "ROUTE_ARCHITECTURES",
@@ -152,6 +197,8 @@ __all__ = [
     "TOKEN_CLASSES",
     "TRANSCODER_ARCHITECTURES",
     "Ablate",
+    "ActivationSimilarity",
+    "Activity",
     "Add",
     "Agreement",
     "AnnealedTopKTrainingSAE",
@@ -164,6 +211,7 @@ __all__ = [
     "Context",
     "Conversations",
     "Conversion",
+    "CoveredLayer",
     "Crosscoder",
     "CrosscoderBatchTopKTrainingSAE",
     "CrosscoderBatchTopKTrainingSAEConfig",
@@ -183,6 +231,9 @@ __all__ = [
     "EndpointJudge",
     "Estimate",
     "Evaluation",
+    "ExpertCounter",
+    "ExpertSimilarity",
+    "ExpertUse",
     "Feature",
     "FeatureMap",
     "FeatureRule",
@@ -191,24 +242,33 @@ __all__ = [
     "GenerationOptions",
     "GeometryRecord",
     "HookedRouteSAETransformer",
+    "InsertionEffects",
     "Interpretation",
     "Interpretations",
     "Judge",
     "JudgeError",
     "JudgeRefused",
+    "LatentGroup",
+    "LatentSplit",
+    "LayerCoverage",
     "LayerProfiles",
     "LocalJudge",
     "LongDocuments",
     "MatchDistribution",
     "MeanScore",
     "MemoryEstimate",
+    "MetaLatents",
+    "MetaRecord",
     "Method",
     "ModelComparison",
+    "Move",
     "Neighbours",
+    "OverlapCounter",
     "PositionBin",
     "PositionProfile",
     "Preset",
     "Prompt",
+    "Redundancy",
     "Reply",
     "Report",
     "Route",
@@ -226,6 +286,10 @@ __all__ = [
     "RouteMatryoshkaBatchTopKTrainingSAEConfig",
     "RouteSAE",
     "RouteSAETransformerBridge",
+    "RouteScaleSAE",
+    "RouteScaleSAEConfig",
+    "RouteScaleTrainingSAE",
+    "RouteScaleTrainingSAEConfig",
     "RouteStandardSAE",
     "RouteStandardSAEConfig",
     "RouteStandardTrainingSAE",
@@ -237,25 +301,40 @@ __all__ = [
     "RouteTrainingSAE",
     "RoutingProfile",
     "Scale",
+    "ScaleSAE",
+    "ScaleSAEConfig",
+    "ScaleTrainingSAE",
+    "ScaleTrainingSAEConfig",
     "Set",
     "SpliceEvaluator",
     "StandardTranscoderTrainingSAE",
     "StandardTranscoderTrainingSAEConfig",
     "SteeredPair",
+    "Stitching",
+    "StitchingCurve",
+    "StitchingStep",
     "SweepConfig",
     "SweepResult",
+    "SwitchSAE",
+    "SwitchSAEConfig",
+    "SwitchTrainingSAE",
+    "SwitchTrainingSAEConfig",
+    "ThresholdChoice",
     "TopKTranscoderTrainingSAE",
     "TopKTranscoderTrainingSAEConfig",
     "TrainingInterrupted",
     "TrainingResult",
     "Usage",
     "ViewDifference",
+    "activation_similarity",
     "agreement",
     "analyse_routing",
     "backend_of",
     "best_matches",
     "build_prompt",
     "calibrate",
+    "choose_threshold",
+    "chosen_tokens",
     "class_table",
     "collect_features",
     "compare_conversion",
@@ -270,21 +349,27 @@ __all__ = [
     "demo_model_path",
     "demo_text_path",
     "dose_response",
+    "encoder_directions",
     "estimate_interpretation",
     "estimate_memory",
     "evaluate",
     "evaluate_all",
     "evaluate_by_position",
+    "expert_similarity",
+    "expert_utilisation",
     "feature_count_curves",
     "feature_map",
+    "feature_redundancy",
     "firing_frequencies",
     "from_authors_checkpoint",
     "held_out_tokens",
     "inference_form",
+    "insertion_effects",
     "interpret",
     "join_layers",
     "kept_tokens",
     "kl_per_token",
+    "layer_coverage",
     "layer_profiles",
     "load_from_hub",
     "load_model",
@@ -292,6 +377,7 @@ __all__ = [
     "long_documents",
     "make_config",
     "match_distribution",
+    "meta_latents",
     "model_card",
     "mount_layers",
     "mount_sites",
@@ -301,20 +387,27 @@ __all__ = [
     "parse_answer",
     "parse_layers",
     "plot_agreement",
+    "plot_layer_coverage",
+    "plot_stitching",
+    "plot_threshold",
     "push_to_hub",
     "read_batches",
     "read_form",
+    "read_token_set",
     "sample_features",
     "scope_configs",
     "splice_hooks",
+    "split_latents",
     "split_layers",
     "standardize",
     "steer_completions",
+    "stitch",
     "subjects_of",
     "sweep",
     "to_jumprelu",
     "token_class",
     "train",
+    "train_meta_sae",
     "training_shares",
     "unmount_layers",
     "with_routing",

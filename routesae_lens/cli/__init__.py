@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from routesae_lens.cli.interpret_command import agreement, interpret
+from routesae_lens.cli.meta_command import meta
 from routesae_lens.cli.report_command import report
 from routesae_lens.cli.steer_command import steer
 from routesae_lens.cli.sweep_command import sweep
@@ -19,6 +20,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(sweep)
 app.command()(steer)
+app.command()(meta)
 app.command()(report)
 app.command()(interpret)
 app.command()(agreement)

@@ -16,6 +16,7 @@ from routesae_lens.analysis.feature_set import FeatureSet
 from routesae_lens.analysis.routing import training_shares
 from routesae_lens.report.geometry_record import GeometryRecord
 from routesae_lens.report.interpretations import Interpretations
+from routesae_lens.report.meta_record import MetaRecord
 from routesae_lens.report.neighbours import nearest_features
 from routesae_lens.report.steering_examples import SteeringExamples
 from routesae_lens.training.record import RUN_FILE, read_object, read_record
@@ -66,6 +67,7 @@ class ReportContents:
     interpretations: Interpretations | None = None
     steering: SteeringExamples = field(default_factory=SteeringExamples)
     geometry: GeometryRecord = field(default_factory=GeometryRecord)
+    meta: MetaRecord = field(default_factory=MetaRecord)
 
 
 def gather(
@@ -144,6 +146,7 @@ def gather(
         interpretations=judged,
         steering=SteeringExamples.find(folder, sae),
         geometry=GeometryRecord.find(folder, sae),
+        meta=_meta(folder, sae, config["d_sae"]),
     )
 
 
@@ -304,6 +307,15 @@ def _interpretations(path: Path, sae: str, width: int) -> Interpretations | None
     if beyond := [latent for latent in found.features if latent >= width]:
         raise ValueError(f"{path} interprets latent {beyond[0]}, but the SAE has {width}")
     return found
+
+
+def _meta(folder: Path, sae: str, width: int) -> MetaRecord:
+    record = MetaRecord.find(folder, sae)
+    if record.found is not None and record.found.d_sae != width:
+        raise ValueError(
+            f"{folder} holds meta-latents of an SAE with {record.found.d_sae} latents; {sae!r} has {width}"
+        )
+    return record
 
 
 def _number(value: Any, otherwise: float) -> float:

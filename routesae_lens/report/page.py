@@ -19,6 +19,7 @@ from markupsafe import Markup
 from routesae_lens.analysis.feature_set import FeatureSet
 from routesae_lens.report.contents import CURVES, ReportContents, gather
 from routesae_lens.report.feature_rows import DETAILS_AT_ONCE, feature_details, feature_rows
+from routesae_lens.report.meta_record import meta_rows, widest
 from routesae_lens.report.visible import visible
 
 TABLE_ROWS = 12
@@ -108,10 +109,12 @@ def render(contents: ReportContents, n_contexts: int = 10) -> str:
         lstrip_blocks=True,
     )
     templates.filters |= {"visible": visible, "number": _number, "count": _count}
-    script = _own_file("page.js")
+    script = _own_file("page.js") + _own_file("meta.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     found = contents.features
     rows = feature_rows(contents) if found is not None else []
+    meta = contents.meta.found
+    shared = meta_rows(meta, found) if meta is not None and found is not None else []
     return templates.get_template("page.html").render(
         page=contents,
         style=_own_file("page.css"),
@@ -123,6 +126,9 @@ def render(contents: ReportContents, n_contexts: int = 10) -> str:
         figures=_figures(contents),
         settings=_settings(contents),
         features=rows,
+        meta=meta,
+        widest=widest(meta, shared) if meta is not None else [],
+        shared=htmlsafe_json_dumps(shared, separators=(",", ":")),
         # (escapes <, >, & and ', and by \u all that is not ASCII, so no text can end the element)
         rows=htmlsafe_json_dumps(
             {"rows": rows, "at_once": DETAILS_AT_ONCE, "contexts": n_contexts},

@@ -39,6 +39,17 @@ class TokenStore(Protocol):
     def get_multi_hook_activations(self, batch_tokens: Tensor) -> dict[str, Tensor]: ...
 
 
+@runtime_checkable
+class SavedStream(Protocol):
+    """What the end of a step asks of the data: that it can be saved between two batches."""
+
+    def consumed(self) -> None:
+        """The oldest batch that was given out has been used: it no longer belongs to the state."""
+        ...
+
+    def state_dict(self, *, activations: bool = True) -> dict[str, Tensor]: ...
+
+
 class TextPosition(NamedTuple):
     """How far the text was read. Every epoch reads the same token batches in the same order."""
 
@@ -342,7 +353,7 @@ class TrainingBatches(Iterator[dict[str, Tensor]]):
         buffer: the buffer.
     """
 
-    def __init__(self, source: Iterator[dict[str, Tensor]], buffer: MixingBuffer):
+    def __init__(self, source: Iterator[dict[str, Tensor]], buffer: SavedStream):
         self.source, self.buffer = source, buffer
         self._paused = False
 

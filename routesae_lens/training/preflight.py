@@ -59,11 +59,8 @@ def check_numbers(
         "buffer_tokens": (buffer_tokens, 1),
         **at_least,
     }
-    for name, (size, minimum) in sizes.items():
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < minimum):
-            raise ValueError(f"{name} must be an integer, {minimum} or more; got {size!r}")
-    if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < math.inf:
-        raise ValueError(f"lr must be positive and finite, got {lr!r}")
+    check_sizes(**sizes)
+    check_rate(lr, schedule)
     if training_tokens < batch_size:
         raise ValueError(f"training_tokens = {training_tokens} is less than one batch of {batch_size} tokens")
     if buffer_tokens is not None and buffer_tokens < 2 * batch_size:
@@ -74,6 +71,19 @@ def check_numbers(
         raise ValueError(f"context_size = {context_size}, but the model reads at most {context_limit} tokens")
     if buffer_dtype not in (None, *BUFFER_DTYPES):
         raise ValueError(f"unknown buffer_dtype {buffer_dtype!r}; known: {', '.join(BUFFER_DTYPES)}")
+
+
+def check_sizes(**at_least: tuple[Any, int]) -> None:
+    """Raises ValueError for a size that is no integer or below the minimum that stands beside it; None passes."""
+    for name, (size, minimum) in at_least.items():
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < minimum):
+            raise ValueError(f"{name} must be an integer, {minimum} or more; got {size!r}")
+
+
+def check_rate(lr: Any, schedule: Any) -> None:
+    """Raises ValueError for a learning rate that cannot work, or an unknown schedule."""
+    if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < math.inf:
+        raise ValueError(f"lr must be positive and finite, got {lr!r}")
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")
 

@@ -15,7 +15,7 @@ from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from tqdm.auto import tqdm
 
-from routesae_lens.training.buffer import ActivationsNotFinite, MixingBuffer, TrainingBatches
+from routesae_lens.training.buffer import ActivationsNotFinite, SavedStream, TrainingBatches
 from routesae_lens.training.checkpoint import Checkpoints, CheckpointState, rng_state
 from routesae_lens.training.interruption import Interruption, TrainingInterrupted
 from routesae_lens.training.log import TrainingLog
@@ -43,7 +43,7 @@ class Monitor:
 
     log: TrainingLog
     checkpoints: Checkpoints
-    buffer: MixingBuffer
+    buffer: SavedStream
     config: dict[str, Any]
     """Goes into every checkpoint, see ``CheckpointState``."""
     log_every: int
@@ -54,6 +54,8 @@ class Monitor:
     evaluator: Evaluator | None = None
     on_divergence: str = "raise"
     """"raise", or "freeze" to stop an SAE that became NaN alone; see :data:`ON_DIVERGENCE`."""
+    unit: str = "tok"
+    """What the progress bar counts."""
     interruption: Interruption = field(default_factory=Interruption)
 
 
@@ -232,7 +234,7 @@ class MonitoredTrainer(MultiSAETrainer):
         if self._bar is None:
             self._bar = bar
             bar.set_description("training")
-            bar.unit = "tok"
+            bar.unit = self.monitor.unit
             bar.initial = (
                 self.n_training_samples - self.cfg.train_batch_size_samples
             )  # for the rate of a resumed run

@@ -75,13 +75,14 @@ const TOKENS_SHOWN = 5;
 function browser(data) {
   const keys = ["latent", "frequency", "max", "layer", "tokens", "category", "score", "says"];
   const features = data.rows.map((row, place) => {
-    const one = { place };
+    const one = { place, metas: [] };
     keys.forEach((key, i) => { one[key] = row[i]; });
     // The latent's own number comes first, so that "12" finds 12 and 123 by it, and every text that has "12".
     one.words = [...one.tokens.map(plainly), one.says ?? "", one.category ?? ""].join("\n").toLowerCase();
     return one;
   });
   const byLatent = new Map(features.map((one) => [one.latent, one]));
+  addMetaLatents(features, byLatent);
   const scored = document.getElementById("browser").dataset.scored === "yes";
   const body = document.querySelector("#rows tbody");
   const scroller = document.getElementById("rows");
@@ -96,7 +97,8 @@ function browser(data) {
   let opened = null;
 
   function matches(one, words) {
-    return words.every((word) => String(one.latent).startsWith(word) || one.words.includes(word));
+    return words.every((word) => String(one.latent).startsWith(word) || one.words.includes(word) ||
+      one.metas.some((meta) => word === `meta:${meta.number}`));
   }
 
   function update() {
@@ -210,10 +212,20 @@ function browser(data) {
     (link ?? search).focus();
   }
 
+  function list(words) {
+    search.value = words;
+    update();
+    document.getElementById("browser").classList.remove("open");
+    location.hash = "#features"; // so that the same link works again
+    search.focus();
+  }
+
   function follow(focus) {
     const match = /^#feature-(\d+)$/.exec(location.hash);
     if (match) open(Number(match[1]), focus);
     if (match && !focus) document.getElementById("features").scrollIntoView();
+    const [, meta] = /^#meta-(\d+)$/.exec(location.hash) ?? [];
+    if (meta) list(`meta:${meta}`);
   }
 
   // ----- what the reader does --------------------------------------------------------------------------------------
@@ -301,6 +313,11 @@ function shown(one, [layers, [counts, largest], kept, contexts, near], data, byL
     parts.push(element("h4", {}, "Nearest by decoder direction"),
       element("p", { class: "hint" }, "Cosine similarity, among latents that fired. Those without a link have too few contexts to be features."),
       element("ul", { class: "near" }, ...near.map(([latent, cosine]) => neighbour(latent, cosine, byLatent))));
+  }
+  if (one.metas.length) {
+    parts.push(element("h4", {}, "Meta-latents"),
+      element("p", { class: "hint" }, "Parts of this feature's decoder direction, by the meta-SAE, and the features that share each most strongly."),
+      element("ul", { class: "metas" }, ...one.metas.map((meta) => metaItem(one, meta, byLatent))));
   }
   return parts;
 }
