@@ -50,7 +50,7 @@ def main(
     model: Annotated[str | None, typer.Option(help="Hugging Face name, local folder, or 'demo'.")] = None,
     layer: Annotated[int | None, typer.Option(help="Block; three quarters of the depth by default.")] = None,
     d_sae: Annotated[
-        int | None, typer.Option(help="Latents of an expert SAE, 16 x d_model by default.")
+        int | None, typer.Option(help="Latents of an expert SAE, 8 x d_model by default.")
     ] = None,
     per_active: Annotated[int | None, typer.Option(help="Experts for each active one: N / e.")] = None,
     experts: Annotated[str | None, typer.Option(help="Active experts, e.g. 1,2,4,8.")] = None,

@@ -112,6 +112,9 @@ def _of_stitching(stitching: dict[str, Any]) -> list[Verdict]:
     steps = curve["steps"]
     inserted = [step for step in steps if step["phase"] in ("small", "insert")]
     first, full, last = steps[0], inserted[-1], steps[-1]
+    swaps = [step for step in steps if step["phase"] == "swap"]
+    # (what has no counterpart leaves behind the swaps, and lowers L0, too)
+    after_swaps = f"{swaps[-1]['l0']:.1f} after the swaps alone" if swaps else "no group to swap"
     novel, others = effects["novel"], effects["reconstruction"]
     found = [
         _verdict(
@@ -128,9 +131,9 @@ def _of_stitching(stitching: dict[str, Any]) -> list[Verdict]:
         ),
         _verdict(
             "swaps make the code sparser",
-            f"L0 {full['l0']:.1f} to {last['l0']:.1f}",
+            f"L0 {full['l0']:.1f} to {last['l0']:.1f}; {after_swaps}",
             "L0 lower at the end than after the insertions",
-            last["l0"] < full["l0"],
+            last["l0"] < full["l0"] if swaps else None,
         ),
     ]
     if novel["fired"]:
@@ -241,7 +244,7 @@ def _stitching(found: dict[str, Any], threshold_drawn: bool) -> str:
     curve, choice = stitching["curve"], stitching["threshold"]
     rows = [
         [step["phase"], f"{step['inserted']:,}", f"{step['swapped']:,}", f"{step['d_sae']:,}", f"{step['l0']:.1f}",
-         f"{step['norm_mse']:.4f}", f"{step['kl']:.4f} ± {step['kl_stderr']:.4f}"]
+         f"{step['norm_mse']:.4f}", f"{step['mse']:.4g}", _kl(step)]
         for step in curve["steps"]
     ]  # fmt: skip
     small, large = curve["widths"]
@@ -252,7 +255,7 @@ def _stitching(found: dict[str, Any], threshold_drawn: bool) -> str:
         f"{curve['reconstruction']:,} reconstruct those of the smaller, in {curve['groups']:,} groups; "
         f"{curve['unmatched']:,} of the smaller have no counterpart. Moves in random order (seed {curve['seed']}), "
         f"{curve['tokens']:,} tokens; ± is the standard error over sequences. Both SAEs were made JumpReLU.",
-        markdown(["phase", "inserted", "groups swapped", "width", "L0", "NormMSE", "KL"], rows),
+        markdown(["phase", "inserted", "groups swapped", "width", "L0", "NormMSE", "MSE", "KL"], rows),
     ]
     if choice["threshold"] is None:
         parts.append(
@@ -269,6 +272,11 @@ def _stitching(found: dict[str, Any], threshold_drawn: bool) -> str:
         if threshold_drawn:
             parts.append("![Balanced accuracy by threshold](threshold.png)")
     return "\n\n".join(parts)
+
+
+def _kl(step: dict[str, Any]) -> str:
+    stderr = "" if step["kl_stderr"] is None else f" ± {step['kl_stderr']:.4f}"
+    return f"{step['kl']:.4f}{stderr}"
 
 
 def _saes(found: dict[str, Any]) -> str:

@@ -67,13 +67,15 @@ def mistakes(settings: Settings) -> list[str]:
     s = settings
     at_least = {
         "tokens": s.batch_size, "batch_size": 1, "context_size": 2, "kl_tokens": 1, "feature_tokens": 1, "every": 1,
-        "route_seeds": 1, "steps": 1, "effect_tokens": 1,
+        "route_seeds": 1, "steps": 1, "effect_tokens": 1, "d_sae": 1, "small": 1,
     }  # fmt: skip
     found = [
         f"--{name.replace('_', '-')} must be {least} or more, got {getattr(s, name)}"
         for name, least in at_least.items()
-        if getattr(s, name) < least
+        if getattr(s, name) is not None and getattr(s, name) < least
     ]
+    if s.k[0] < 1:
+        found.append(f"--k must be 1 or more, got {s.k[0]}")
     if found:
         return found
     sizes = Sizes.of(s.model)

@@ -57,13 +57,7 @@ def load_model(
             f"backend {backend!r} has no attn_implementation {attn_implementation!r}: it computes attention step "
             "by step for its hooks (\"eager\"); use backend 'huggingface'"
         )
-    device = device or default_device()
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {device!r}; expected cpu, cuda, cuda:0, mps ...") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for, but torch sees no CUDA GPU here")
+    device = known_device(device or default_device())
     source = str(demo_model_path() if name == DEMO_MODEL else name)
     if backend == "huggingface":
         return _load_proxy(source, device, torch_dtype, attn_implementation)
@@ -78,6 +72,17 @@ def load_model(
 def default_device() -> str:
     """ "cuda" where there is a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def known_device(device: str) -> str:
+    """The same name. Raises ValueError for a device that torch does not know or have."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}; expected cpu, cuda, cuda:0, mps ...") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was asked for, but torch sees no CUDA GPU here")
+    return device
 
 
 def _load_proxy(source: str, device: str, dtype: torch.dtype, attention: str | None) -> HookedProxyLM:

@@ -168,13 +168,17 @@ def test_bad_codes(unchecked: None):
     with pytest.raises(ValueError, match="above 0, got nan"):
         OverlapCounter(3, 5, k=math.nan)
     with pytest.raises(ValueError, match="not finite"):
-        OverlapCounter(3, 5).add(torch.full((2, 3), math.nan))
+        OverlapCounter(3, 5).add(Latents.of(torch.full((2, 3), math.nan)), 2)
     with pytest.raises(ValueError, match="give n"):
         OverlapCounter(3, 5).add(Latents.of(torch.ones(2, 3)))
     with pytest.raises(ValueError, match="latents of 2 tokens, but n is 3"):
         OverlapCounter(3, 5).add(torch.ones(2, 3), 3)
     with pytest.raises(ValueError, match="latents of 2 tokens and 2 latents, got token 1 and latent 2"):
-        OverlapCounter(2, 5).add(torch.ones(2, 3))
+        OverlapCounter(2, 5).add(Latents.of(torch.ones(2, 3)), 2)
+    with pytest.raises(ValueError, match=r"expected latents \(token, 4\), got shape \(2, 3\)"):
+        OverlapCounter(4, 5).add(torch.ones(2, 3))
+    with pytest.raises(ValueError, match="token after token"):  # a sample of pairs would be counted wrong
+        OverlapCounter(3, 5).add(Latents(*(column.flip(0) for column in Latents.of(torch.ones(2, 3)))), 2)
     with pytest.raises(ValueError, match="5 tokens were announced, 6 came"):
         OverlapCounter(3, 5).add(torch.ones(6, 3))
     with pytest.raises(ValueError, match="5 tokens were announced, 0 came"):
@@ -261,6 +265,7 @@ def test_tokens_by_mask_rule_and_words(tiny_llama_dir: Any):
     [
         ("the", "a mask, a function of a token's text or a list of words, got 'the'"),
         (3, "got 3"),
+        ([7, 9], "words must be text, got 7"),
         (torch.ones(5, 11, dtype=torch.bool), r"a mask of shape \(5, 12\), got torch.bool of \(5, 11\)"),
         (torch.ones(5, 12), "got torch.float32"),
         (torch.zeros(5, 12, dtype=torch.bool), "no token is in the set"),

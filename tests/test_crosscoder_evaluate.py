@@ -82,6 +82,7 @@ def test_matches_a_hand_written_reference(
     raw = (x - (z_hat * std + mean)).pow(2).sum((0, 2))  # in the model's units
     raw_explained = (1 - raw / (x - x.mean(0)).pow(2).sum((0, 2))).mean()
     assert result.explained_variance_raw == pytest.approx(raw_explained.item(), rel=1e-3)
+    assert result.mse == pytest.approx(raw.sum().item() / x.shape[:2].numel(), rel=1e-4)
     raw_uncentered = (1 - raw / x.pow(2).sum((0, 2))).mean()
     assert result.explained_variance_raw_uncentered == pytest.approx(raw_uncentered.item(), rel=1e-3)
     fired = acts > 0

@@ -303,6 +303,7 @@ def test_explained_variance_in_the_models_units_is_saelens_own(tiny_hooked, toke
     uncentered = 1 - error / x.pow(2).sum()  # Llama Scope, Eq. 6
     assert result.explained_variance_raw == pytest.approx(centered.item(), rel=1e-4)
     assert result.explained_variance_raw_uncentered == pytest.approx(uncentered.item(), rel=1e-4)
+    assert result.mse == pytest.approx(error.item() / len(x), rel=1e-5)
     assert uncentered > centered + 0.1
     assert result.explained_variance_raw != pytest.approx(result.explained_variance, rel=1e-2)
     # Standardised tokens are all of one length, so that the mean of ratios is the ratio of means.
@@ -337,11 +338,12 @@ def test_explained_variances_of_a_route_sae(tiny_hooked, tokens, standardize):
         result.explained_variance_raw,
         result.explained_variance_raw_uncentered,
     ] == pytest.approx(expected, rel=1e-4)
+    assert result.mse == pytest.approx((x - x_hat).pow(2).sum(-1).mean().item(), rel=1e-4)
 
 
 def test_a_mixture_of_layers_is_no_activation_of_the_model(tiny_hooked, tokens):
     result = evaluate(route_sae("soft"), tiny_hooked, tokens, progress=False)
-    assert result.explained_variance_raw is result.explained_variance_raw_uncentered is None
+    assert result.explained_variance_raw is result.explained_variance_raw_uncentered is result.mse is None
     assert result.explained_variance_uncentered < 1
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from routed_saes import D_MODEL, LAYERS, randomize, stacks
-from sae_lens import SAE, TopKSAE
+from sae_lens import SAE, TopKSAE, TopKSAEConfig
 from sae_lens.registry import get_sae_class, get_sae_training_class
 from sae_lens.saes.sae import TrainStepInput
 from test_fast_topk import both_steps
+from torch.utils.flop_counter import FlopCounterMode
 
 from routesae_lens.saes.expert_mixins import ExpertChoice, expert_metrics, load_balance
 from routesae_lens.saes.experts import EXPERT_ARCHITECTURES, RouteScaleSAE, ScaleSAE
@@ -186,7 +187,8 @@ def test_the_sparse_form_equals_the_dense_one(
     encode = sae.encode_routed if architecture == "route_scale" else sae.encode
     with torch.no_grad():
         assert is_fast(sae)
-        code, acts = encode_topk(sae, x), encode(x)
+        code, acts = encode_topk(sae, x), sae._encode_dense(x)[0]
+        torch.testing.assert_close(encode(x), acts)
         torch.testing.assert_close(torch.zeros_like(acts).scatter(1, code.indices, code.values), acts)
         torch.testing.assert_close(decode_topk(sae, code), sae.decode(acts))
 
@@ -289,13 +291,33 @@ def test_another_rule_of_the_layer_router():
     x = inputs("route_scale")
     first = other.split(x)[:, 0]
     torch.testing.assert_close(other.encode(x), sae.encode_routed(first))
-    again = make("route_scale", feature_scaling="none")
-    again.init_from(make("scale_topk", feature_scaling="none"))
-    torch.testing.assert_close(
-        again.encode_routed(first), make("scale_topk", feature_scaling="none").encode(first)
-    )
-    with pytest.raises(ValueError, match="no expert_scale"):
-        make("route_scale").init_from(make("scale_topk", feature_scaling="none"))
+
+
+@pytest.mark.parametrize("theirs", SCALINGS)
+@pytest.mark.parametrize("ours", SCALINGS)
+def test_a_routed_one_starts_from_another_whatever_their_scaling(ours: str, theirs: str):
+    """(what is loaded from a folder is the inference form)"""
+    scale, x = make("scale_topk", feature_scaling=theirs), inputs("scale_topk")
+    for source in (scale, inference_form(scale)):
+        sae = make("route_scale", feature_scaling=ours, rescale_acts_by_decoder_norm=False)
+        sae.init_from(source)
+        torch.testing.assert_close(sae.encode_routed(x), scale.encode(x))
+        torch.testing.assert_close(sae.decode(sae.encode_routed(x)), scale(x))
+        assert ours == "none" or not sae.expert_scale.any()
+    with pytest.raises(ValueError, match="no W_expert"):
+        make("route_scale").init_from(TopKSAE(TopKSAEConfig(d_in=D_MODEL, d_sae=D_SAE, k=3)))
+
+
+def test_experts_that_were_not_selected_are_not_computed_at_inference():
+    sae, x = inference_form(make("scale_topk")), inputs("scale_topk", 12)
+    with torch.no_grad(), FlopCounterMode(display=False) as products:
+        acts = sae.encode(x.view(3, 4, -1))
+    router, two_experts = 4, 2 * D_SAE // 4
+    assert products.get_total_flops() == 2 * 12 * D_MODEL * (router + two_experts)
+    torch.testing.assert_close(acts.view(12, -1), sae.encode(x))  # (with gradients all are computed)
+    with torch.no_grad():
+        torch.testing.assert_close(sae.encode(x[0]), acts[0, 0])
+        assert sae.encode(x[:0]).shape == (0, D_SAE)
 
 
 # --- Errors -------------------------------------------------------------------------------------------------
@@ -343,6 +365,14 @@ def test_what_cannot_be(architecture: str, fields: dict[str, Any], message: str,
 def test_what_cannot_be_of_one_kind(architecture: str, fields: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         config(architecture, **fields)
+
+
+def test_the_default_balance_follows_the_scale_of_the_loss():
+    assert config("scale_topk").alpha == pytest.approx(0.1 * config("scale_topk").d_in)
+    route = config("route_scale", expert_balance_coefficient=None)
+    assert route.alpha == 0.1
+    assert config("route_scale", loss="mse").alpha == pytest.approx(0.1 * route.d_model)
+    assert config("route_scale", expert_balance_coefficient=0.0).alpha == 0.0
 
 
 def test_configs_survive_json():

@@ -114,6 +114,12 @@ def test_a_threshold_that_tells_all_apart_lies_in_the_middle():
     assert len(found.thresholds) == len(found.accuracies) == 101
 
 
+def test_a_cosine_equal_to_the_threshold_is_foretold_to_raise_the_error():
+    """As in the split; 0.7 is not the same number in float32 and float64."""
+    found = choose_threshold(matches([0.69, 0.7]), effects([-1, 1]))
+    assert dict(zip(found.thresholds, found.accuracies, strict=True))[0.7] == 1.0
+
+
 def test_the_balanced_accuracy_by_hand():
     """Below 0.6: lowering 0.1, 0.2, 0.5 of four (0.75); from there on: raising 0.7 of two (0.5)."""
     found = choose_threshold(matches([0.1, 0.2, 0.5, 0.8, 0.4, 0.7]), effects([-1, -1, -1, -1, 1, 1]))
@@ -161,11 +167,13 @@ def test_copies_and_new_directions_are_told_apart_by_their_effect(tmp_path: Path
 
 def test_wrong_input_is_refused(unchecked: None):
     small, large, x = sae("standard", 12, 1), sae("standard", 30, 2), activations(5)
-    for sample in (0, 31):
+    for sample in (0, 31, 2.5):
         with pytest.raises(
             ValueError, match=f"sample must be 1 to the 30 latents of the larger SAE, got {sample}"
         ):
-            insertion_effects(small, large, activations=x, sample=sample, progress=False)
+            insertion_effects(small, large, activations=x, sample=sample, progress=False)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected activations as a tensor, got list"):
+        insertion_effects(small, large, activations=[[0.0]], progress=False)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="effects of latent 1, but matches of 1"):
         choose_threshold(matches([0.5]), effects([1, -1]))
     with pytest.raises(ValueError, match="to_jumprelu"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -122,16 +123,40 @@ def test_the_plot_names_what_it_draws(tmp_path: Path):
         plot_layer_coverage({}, tmp_path / "none.svg")
 
 
+def test_a_ceiling_of_some_layers_is_drawn_there_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    drawn: list[Any] = []
+    monkeypatch.setattr(
+        "routesae_lens.report.geometry_plots.write_figure", lambda figure, path: drawn.append(figure) or path
+    )
+    sae_, layers = planted()
+    layers[4] = on_layer(4, E[:4])
+    found = layer_coverage(sae_, layers, ceilings={1: layers[1], 4: layers[4]}, progress=False)
+    plot_layer_coverage(found, tmp_path / "coverage.svg")
+    lines = {line.get_label(): line for line in drawn[0].axes[0].lines}
+    line = lines["another seed's SAE of the layer"]
+    assert list(line.get_ydata()) == pytest.approx(
+        [1.0, math.nan, 1.0], nan_ok=True
+    )  # no line across layer 2
+    assert line.get_marker() == "."  # what is left of a line of one point
+
+
 def test_an_ordinary_sae_of_the_layer_will_do():
     plain = with_rows("standard", E[:4])  # on blocks.2.hook_resid_post
     assert layer_coverage(route(E[:8]), {2: plain}, progress=False).layers[0].covered == 1.0
     with pytest.raises(ValueError, match=r"the SAE given for layer 4 reads \[2\]"):
         layer_coverage(route(E[:8]), {4: plain}, progress=False)
+    for name, hook in (("hook_name", "blocks.2.hook_resid_pre"), ("hook_name_out", "blocks.2.hook_mlp_out")):
+        plain = with_rows("standard", E[:4])
+        plain.cfg.metadata[name] = hook  # what another block writes, or a transcoder
+        with pytest.raises(ValueError, match=r"reads or writes hook_\w+, the RouteSAE hook_resid_post"):
+            layer_coverage(route(E[:8]), {2: plain}, progress=False)
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no RouteSAE": ({"route_sae": with_rows("standard", E[:4])}, "expected a RouteSAE, got StandardSAE"),
     "no layers": ({"layer_saes": {}}, "no SAEs of single layers"),
+    "a list": ({"layer_saes": [on_layer(1, E[:4])]}, "SAEs by their layer, .*, got list"),
+    "a text": ({"threshold": "0.7"}, "above 0 and at most 1, got '0.7'"),
     "not routed": (
         {"layer_saes": {3: on_layer(3, E[:4])}},
         r"layer 3 is not among the routed blocks \[1, 2, 4\]",
@@ -150,6 +175,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         r"ceilings of layers \[4\], SAEs were given of \[1, 2\]",
     ),
     "route ceiling": ({"route_ceiling": on_layer(1, E[:4])}, r"route_ceiling must be .* \[1, 2, 4\]"),
+    "route ceiling's space": (
+        {"route_ceiling": with_rows("route_standard", E[:4], layers=[1, 2, 4], standardize=False)},
+        "the same site, width and standardisation",
+    ),
+    "no counts": ({"route_fires": [1] * 8}, r"counts of the RouteSAE are \[1, 1"),
     "counts": ({"layer_fires": {1: torch.ones(7)}}, r"counts of layer 1 have shape \(7,\), it has 5"),
     "dead": ({"route_fires": torch.zeros(8)}, "no latent of the RouteSAE is alive"),
     "threshold": ({"threshold": 0.0}, "above 0 and at most 1, got 0"),
@@ -158,7 +188,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_wrong_input_is_refused(name: str):
+def test_wrong_input_is_refused(name: str, unchecked: None):
     options, message = BAD[name]
     sae_, layers = planted()
     with pytest.raises(ValueError, match=message):

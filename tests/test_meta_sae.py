@@ -200,6 +200,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "steps": ({"steps": 2.5}, "steps must be an integer, 1 or more; got 2.5"),
     "lr": ({"lr": -1.0}, "lr must be positive and finite, got -1.0"),
     "schedule": ({"schedule": "no"}, "unknown schedule 'no'; known: paper"),
+    "device": ({"device": "quux"}, "unknown device 'quux'"),
     "resume": ({"resume": True}, "need a folder: give output"),
     "mask": ({"latents": torch.ones(7, dtype=torch.bool)}, "the mask has 7 entries, the SAE 24 latents"),
 }  # fmt: skip

@@ -149,6 +149,7 @@ def test_the_result_is_json():
     [
         ({"threshold": 1.5}, "between -1 and 1; got 1.5"),
         ({"threshold": math.nan}, "between -1 and 1; got nan"),
+        ({"threshold": "0.9"}, "between -1 and 1; got '0.9'"),
         ({"sae": E[:1]}, "two living latents or more, got 1 of 1"),
         ({"sae": torch.zeros(4, 2)}, "two living latents or more, got 0 of 4"),
         ({"sae": E * math.nan}, "not finite"),
@@ -156,6 +157,7 @@ def test_the_result_is_json():
         ({"part": "encoder"}, "of a matrix the rows are compared"),
         ({"layer": 3}, "of a matrix the rows are compared"),
         ({"living": torch.ones(3, dtype=torch.bool)}, "yes or no of 8 latents"),
+        ({"living": [True] * 8}, "mask of 8 latents, got list"),
         ({"living": torch.arange(8) == 2}, "got 1 of 8"),
         ({"sae": "mine"}, "an SAE with a decoder"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from report_runs import context, feature, feature_set, many_features, write_run
 from sae_lens import SAE, TopKTrainingSAE, TopKTrainingSAEConfig
+from test_meta_sae import stopping_after
 from test_report_browser import CHROMIUM, HOSTILE, Tab, browser  # noqa: F401  (a fixture)
 from typer.testing import CliRunner
 
@@ -20,6 +22,7 @@ from routesae_lens.cli import app
 from routesae_lens.report.contents import gather
 from routesae_lens.report.meta_record import MetaRecord, meta_rows, widest
 from routesae_lens.report.page import render, write_report
+from routesae_lens.training.meta_sae import DecoderRows
 
 PARTS: dict[int, list[tuple[int, float]]] = {
     0: [(2, 0.75), (0, 0.5)],
@@ -85,6 +88,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "kind": ({"meta": "abc"}, "is damaged"),
     "ragged": ({"meta": [[1], [2, 3]]}, "is damaged"),
     "missing": ({"l0": None}, "is damaged"),
+    "broken number": ({"d_meta": 4.5}, "is damaged: ValueError: .* must be whole numbers"),
+    "broken latents": ({"latents": [0, 1.5, 2, 3, 39]}, "is damaged: ValueError: .* must be whole numbers"),
     "width": ({"d_sae": 41}, "meta-latents of an SAE with 41 latents; 'route' has 40"),
 }
 
@@ -177,9 +182,31 @@ def test_the_command(tmp_path: Path):
     for wrong, message in (
         (["meta", str(tmp_path)], "is no run"),
         (["meta", str(run), "--sae", "nobody"], "has no SAE 'nobody'"),
+        (["meta", str(run), "--device", "quux"], "unknown device 'quux'"),
     ):
         done = CliRunner().invoke(app, wrong)
         assert done.exit_code == 2 and message in done.output
+
+
+def test_the_command_stopped_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = trained_run(tmp_path / "run")
+    words = ["meta", str(run), "--d-meta", "6", "--k", "2", "--steps", "5", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["routesae-lens", *words])
+    with monkeypatch.context() as patch:
+        patch.setattr(DecoderRows, "__next__", stopping_after(3))
+        stopped = CliRunner().invoke(app, words)
+    assert stopped.exit_code == 130 and "stopped by SIGTERM after step 3 of 5" in stopped.output
+    again = shlex.split(stopped.output.strip().splitlines()[-1])
+    assert again == ["routesae-lens", *words, "--resume"]
+    done = CliRunner().invoke(app, again[1:])
+    assert done.exit_code == 0, done.output
+    path = run / "meta" / "route.json"
+    written, weights = path.read_text(), (run / "meta" / "route" / "sae_weights.safetensors").read_bytes()
+    path.unlink()  # stopped between the meta-SAE and its record
+    anew = CliRunner().invoke(app, again[1:])
+    assert anew.exit_code == 0 and "is finished: it is read as it is" in anew.output
+    assert path.read_text() == written
+    assert (run / "meta" / "route" / "sae_weights.safetensors").read_bytes() == weights
 
 
 @pytest.fixture
@@ -217,3 +244,8 @@ def test_a_feature_shows_what_it_shares(tab: Any):
     assert tab.latents() == [0, 1, 2, 3]
     tab.page.locator("#search").fill("meta:0")
     assert sorted(tab.latents()) == [0, 3]
+    # Back in the history comes to the feature, not to the list again.
+    tab.page.get_by_role("link", name="list the 3 features here").click()
+    tab.page.wait_for_function("location.hash === '#features'")
+    tab.page.go_back()
+    tab.page.wait_for_function("location.hash === '#feature-1'")

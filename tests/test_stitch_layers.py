@@ -101,6 +101,9 @@ def test_another_setting_needs_another_folder(run: Path, options: dict[str, Any]
     [
         ({"preset": "huge"}, "unknown preset 'huge'; known: cpu, tiny"),
         ({"every": 0}, "--every must be 1 or more, got 0"),
+        ({"small": 0}, "--small must be 1 or more, got 0"),  # (not the default in its place)
+        ({"d_sae": 0}, "--d-sae must be 1 or more, got 0"),
+        ({"k": 0}, "--k must be 1 or more, got 0"),
         ({"small": 64}, "--small must be from k = 4 to below the width 64, got 64"),
         ({"stitched_layer": 1}, r"--stitched-layer must be one of \[0, 2\], got 1"),
         ({"layers": "1:9"}, "--layers must be blocks from 0 to 5"),
@@ -170,6 +173,10 @@ def test_insertions_are_judged_before_the_swaps():
         ("rest", 0.3, 1.0, 32.0),
     ]
     assert verdicts(report._of_stitching(curve(*way, novel=(6, 10), best=0.8))) == [True] * 5
+    sparser = report._of_stitching(curve(*way, novel=(6, 10), best=0.8))[2]
+    assert sparser.measured == "L0 60.0 to 32.0; 40.0 after the swaps alone"
+    without = report._of_stitching(curve(*way[:2], way[3], novel=(6, 10), best=0.8))[2]
+    assert without.verdict == "cannot be said" and without.measured.endswith("no group to swap")
     way[1] = ("insert", 0.55, 2.2, 31.0)
     assert verdicts(report._of_stitching(curve(*way, novel=(5, 10), best=0.6))) == [False] * 5
     assert report._of_stitching(curve(*way, novel=(5, 10), best=None))[-1].verdict == "cannot be said"

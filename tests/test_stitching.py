@@ -82,8 +82,8 @@ def test_blocks_of_cosines_give_what_all_of_them_at_once_give(monkeypatch: pytes
     assert split.unmatched.tolist() == (cosines.amax(1) < 0.6).nonzero().squeeze(-1).tolist()
 
 
-@pytest.mark.parametrize("threshold", [0.0, -0.5, 1.01])
-def test_a_threshold_must_be_a_cosine_above_0(threshold: float):
+@pytest.mark.parametrize("threshold", [0.0, -0.5, 1.01, "0.7"])
+def test_a_threshold_must_be_a_cosine_above_0(threshold: Any, unchecked: None):
     with pytest.raises(ValueError, match="above 0 and at most 1"):
         split_latents(*planted(), threshold=threshold, progress=False)
 
@@ -91,6 +91,9 @@ def test_a_threshold_must_be_a_cosine_above_0(threshold: float):
 def test_dictionaries_of_different_spaces_have_no_split(unchecked: None):
     with pytest.raises(ValueError, match="rows of 32 and of 16 numbers have no cosine"):
         split_latents(torch.eye(16), torch.eye(32), progress=False)
+    both = (sae("crosscoder_topk", 8, 1, k=2, d_in=64, layers=layers) for layers in ([1, 2], [1, 4]))
+    with pytest.raises(ValueError, match=r"layers \[1, 2\] and \[1, 4\] write different spaces"):
+        split_latents(*both, progress=False)
 
 
 # --- The SAEs between ------------------------------------------------------------------------------------
@@ -219,8 +222,9 @@ def test_activations_give_what_the_model_gives(name: str, tiny_hooked: Any):
     small, large, _ = pair(name, "float32")
     found = stitch(small, large, tiny_hooked, TOKENS, threshold=0.3, steps=4, at_once=3, progress=False)
     ends = evaluate_all({"small": small, "large": large}, tiny_hooked, TOKENS, progress=False)
+    raw = [] if "mixed" in name else ["mse"]
     for step, one in ((found.steps[0], ends["small"]), (found.steps[-1], ends["large"])):
-        for measure in ("l0", "norm_mse", "explained_variance", "kl", "delta_ce"):
+        for measure in ("l0", "norm_mse", *raw, "explained_variance", "kl", "delta_ce"):
             assert getattr(step, measure) == pytest.approx(getattr(one, measure), rel=1e-4, abs=1e-6), measure
     point = small.mount(tiny_hooked) if hasattr(small, "mount") else HOOK
     with torch.no_grad():
@@ -231,6 +235,7 @@ def test_activations_give_what_the_model_gives(name: str, tiny_hooked: Any):
     for step, one in zip(alone.steps, found.steps, strict=True):
         assert step.kl is None and step.l0 == pytest.approx(one.l0)
         assert step.norm_mse == pytest.approx(one.norm_mse, rel=1e-4)
+        assert step.mse == (pytest.approx(one.mse, rel=1e-4) if raw else None)
         assert step.explained_variance == pytest.approx(one.explained_variance, rel=1e-4)
 
 
@@ -249,6 +254,7 @@ def test_planted_novel_latents_lower_the_error_and_swapped_copies_keep_it():
             one.b_enc.fill_(-1e-5)  # so that what rounding leaves does not fire
     found = stitch(small, large, activations=x, steps=100, progress=False)
     assert found.novel == 6 and found.groups == 6 and found.unmatched == 0
+    assert found.steps[0].mse == pytest.approx((x - small(x)).pow(2).sum(-1).mean().item(), rel=1e-5)
     errors = [step.norm_mse for step in found.steps]
     assert errors[:7] == sorted(errors[:7], reverse=True) and errors[6] < 1e-7 < errors[5]
     assert max(errors[6:]) < 1e-7  # copies are swapped for themselves
@@ -268,6 +274,24 @@ def test_the_plot_marks_the_phases(tmp_path: Path):
     assert len(plot_stitching(with_kl, tmp_path / "kl.svg").read_text()) > len(written)
     with pytest.raises(ValueError, match="written as"):
         plot_stitching(found, tmp_path / "way.gif")
+
+
+def test_a_single_sequence_has_no_standard_error(tiny_hooked: Any):
+    small, large, _ = pair("jumprelu", "float32")
+    found = stitch(small, large, tiny_hooked, TOKENS[:1], threshold=0.3, steps=1, progress=False)
+    assert found.steps[0].kl_stderr is None and (found.steps[0].kl or 0) > 0
+    json.dumps(found.to_dict(), allow_nan=False)  # what the recipe writes
+
+
+def test_the_title_counts_the_latents_at_both_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    titles: list[str] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda self, text, **_: titles.append(text))
+    small, large, x = pair("jumprelu", "float32")
+    for swap in (True, False):
+        found = stitch(small, large, activations=x, threshold=0.3, swap=swap, steps=1, progress=False)
+        plot_stitching(found, tmp_path / "way.svg")
+    assert "20 latents (left)" in titles[0] and "(right, 44)" in titles[0]
+    assert 0 < found.novel < 44 and f"(right, {20 + found.novel})" in titles[1]
 
 
 # --- Bad input ------------------------------------------------------------------------------------------
@@ -346,6 +370,27 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str, unchec
     small, large, x = pair("jumprelu", "float32")
     with pytest.raises(ValueError, match=message):
         stitch(small, large, **{"activations": x, "progress": False, **options})
+
+
+def test_a_split_of_other_saes_is_refused(unchecked: None):
+    small, large, _ = pair("jumprelu", "float32")
+    split = split_latents(small, large, progress=False)
+    Stitching(small, large, split=split, progress=False)
+    with pytest.raises(ValueError, match="a split of other SAEs"):
+        Stitching(sae("jumprelu", 20, 9), large, split=split, progress=False)
+    with pytest.raises(ValueError, match="what split_latents gives, got float"):
+        Stitching(small, large, split=0.7, progress=False)  # type: ignore[arg-type]
+
+
+def test_numbers_that_are_not_finite_are_refused():
+    small, large, x = pair("jumprelu", "float32")
+    x[0, 3, 1] = torch.nan
+    with pytest.raises(ValueError, match="activations hold numbers that are not finite"):
+        stitch(small, large, activations=x, progress=False)
+    with torch.no_grad():
+        large.b_enc[2] = torch.inf
+    with pytest.raises(ValueError, match="NaN or infinite weights: b_enc"):
+        Stitching(small, large, progress=False)
 
 
 def test_a_number_of_moves_beyond_the_last_is_refused():

@@ -110,6 +110,13 @@ def test_mistakes_are_found_without_a_model(changes: dict[str, Any], messages: l
         assert message in str(error.value)
 
 
+def test_a_width_that_is_not_known_yet_is_no_mistake_beside_any_number_of_experts():
+    for n_experts in (6, 9, 12, 20, 24, 25):
+        options = {"scale": {"n_experts": n_experts, "active_experts": 3}}
+        changes = {"methods": ["scale"], "d_sae": None, "sparsities": {}, "options": options}
+        SweepConfig.from_dict(CONFIG | changes)
+
+
 def test_what_needs_the_model_is_listed_at_once_and_before_anything_is_written(tmp_path: Path):
     changes = {
         "layers": [1, 7],

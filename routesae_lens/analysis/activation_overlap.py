@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
-from routesae_lens.analysis.token_sets import Where, chosen_tokens, finite_latents, read_token_set
+from routesae_lens.analysis.token_sets import Where, chosen_tokens, read_token_set
 from routesae_lens.saes.fast_topk import Latents
 from routesae_lens.saes.topk_function import TopKCode
 
@@ -126,16 +126,25 @@ class OverlapCounter:
             n: how many tokens they belong to; needed for ``Latents``, which do not name tokens without any.
 
         Raises:
-            ValueError: latents that are not finite, that the width or ``n`` lacks, or more tokens than announced.
+            ValueError: latents that are not finite, out of the order of the tokens, or that the width or ``n`` lacks;
+                more tokens than announced.
         """
         if not isinstance(latents, Latents):
             rows = len(latents.values if isinstance(latents, TopKCode) else latents)
             if n not in (None, rows):
                 raise ValueError(f"latents of {rows} tokens, but n is {n}")
-            latents, n = finite_latents(latents, "given"), rows
+            if not isinstance(latents, TopKCode) and latents.shape[1:] != self.counts.shape:
+                raise ValueError(
+                    f"expected latents (token, {len(self.counts)}), got shape {tuple(latents.shape)}"
+                )
+            latents, n = Latents.of(latents), rows
         if n is None:
             raise ValueError("sparse latents do not say of how many tokens they are: give n")
         token, latent = latents.token.cpu(), latents.latent.cpu()
+        if (token.diff() < 0).any():
+            raise ValueError("sparse latents must come token after token")
+        if not torch.isfinite(latents.value).all():
+            raise ValueError("the latents hold numbers that are not finite")
         if len(token) and (int(token.max()) >= n or int(latent.max()) >= len(self.counts)):
             raise ValueError(
                 f"latents of {n} tokens and {len(self.counts)} latents, got token {int(token.max())} and latent "

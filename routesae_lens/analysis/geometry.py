@@ -197,8 +197,7 @@ def pairs_from(
         ValueError: as :func:`nearest_across`, or a threshold that is not above 0 and at most 1.
     """
     check_pair(W_from, W_to)
-    if not 0 < threshold <= 1:
-        raise ValueError(f"a threshold on cosines must be above 0 and at most 1, got {threshold}")
+    check_threshold(threshold)
     rows, columns = [], []
     for start in tqdm(
         range(0, len(W_from), ROWS_AT_ONCE),
@@ -213,6 +212,13 @@ def pairs_from(
             rows.append(row.cpu() + start)
             columns.append(column.cpu() + first)
     return Pairs(torch.cat(rows), torch.cat(columns))
+
+
+def check_threshold(threshold: int | float) -> None:
+    """Raise a ValueError unless ``threshold`` is a cosine from which on two rows can be called alike."""
+    number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+    if not number or not 0 < threshold <= 1:
+        raise ValueError(f"a threshold on cosines must be above 0 and at most 1, got {threshold!r}")
 
 
 def cosine_bound(n_features: int, d: int) -> float:

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from routesae_lens.analysis.geometry import BestMatches
 from routesae_lens.analysis.stitched_sae import stitchable_pair
 from routesae_lens.analysis.stream import read_batches, subjects_of
+from routesae_lens.hook_points import split_layers
 from routesae_lens.saes.route_sae import RouteSAE
 
 ROWS_AT_ONCE = 2048
@@ -88,6 +89,8 @@ class Rows(NamedTuple):
     x: Float[Tensor, "token d"]
     layer: Int[Tensor, " token"]
     """Index of the layer that a RouteSAE read; 0 for an ordinary SAE."""
+    target: Float[Tensor, "token d"] | None
+    """The model's own activation behind ``x``; None where a RouteSAE mixes layers."""
 
 
 def encoder_inputs(
@@ -131,11 +134,15 @@ def check_source(sae: Any, model: Any, tokens: Any, activations: Any, options: d
         return
     if options:
         raise ValueError(f"{', '.join(options)} go with a model and tokens, not with activations")
+    if not isinstance(activations, Tensor):
+        raise ValueError(f"expected activations as a tensor, got {type(activations).__name__}")
     if activations.ndim < 2 or activations.shape[-1] != sae.cfg.d_in or not activations.numel():
         raise ValueError(
             f"expected activations of shape (token, {sae.cfg.d_in}) for this {type(sae).__name__}, got "
             f"{tuple(activations.shape)}"
         )
+    if not torch.isfinite(activations).all():
+        raise ValueError("the activations hold numbers that are not finite")
 
 
 def _of_activations(sae: SAE[Any], activations: Tensor, progress: str | None) -> Iterator[Rows]:
@@ -144,14 +151,18 @@ def _of_activations(sae: SAE[Any], activations: Tensor, progress: str | None) ->
         part = part.to(sae.W_dec.device, sae.dtype)
         if isinstance(sae, RouteSAE):
             route = sae.route(part, draw=draw)
-            yield Rows(route.input, route.layer)
+            own = split_layers(part, sae.cfg.n_layers)[
+                torch.arange(len(part), device=part.device), route.layer
+            ]
+            mixed = sae.cfg.routing in ("soft", "top2")
+            yield Rows(route.input, route.layer, None if mixed else own)
         else:
-            yield Rows(part, torch.zeros(len(part), dtype=torch.long, device=part.device))
+            yield Rows(part, torch.zeros(len(part), dtype=torch.long, device=part.device), part)
 
 
 def _of_batch(reading: Any, keep: Tensor) -> Rows:
     x = reading.x if reading.route is None else reading.route.input
-    return Rows(x[keep], reading.layer[keep])
+    return Rows(x[keep], reading.layer[keep], None if reading.target is None else reading.target[keep])
 
 
 def encode(sae: Any, x: Float[Tensor, "token d"]) -> Float[Tensor, "token d_sae"]:
@@ -191,8 +202,10 @@ def insertion_effects(
     """
     ours, theirs = stitchable_pair(small, large)
     width = theirs.cfg.d_sae
-    if sample is not None and not 1 <= sample <= width:
-        raise ValueError(f"sample must be 1 to the {width} latents of the larger SAE, got {sample}")
+    if sample is not None and (
+        isinstance(sample, bool) or not isinstance(sample, int) or not 1 <= sample <= width
+    ):
+        raise ValueError(f"sample must be 1 to the {width} latents of the larger SAE, got {sample!r}")
     chosen = torch.arange(width)
     if sample is not None:
         chosen = torch.tensor(sorted(random.Random(seed).sample(range(width), sample)))
@@ -251,7 +264,8 @@ def choose_threshold(matches: BestMatches, effects: InsertionEffects) -> Thresho
         )
     cosines, alive = matches.cosines[effects.latents], matches.latents[effects.latents] >= 0
     says = alive & (effects.fires > 0) & (effects.change != 0)
-    cosines, lowers = cosines[says].double(), effects.change[says] < 0
+    # (float32, as in the split: there a cosine of 0.7 is the threshold 0.7)
+    cosines, lowers = cosines[says], effects.change[says] < 0
     lowering, raising = int(lowers.sum()), int((~lowers).sum())
     thresholds = [step / STEPS for step in range(STEPS + 1)]
     counts = {

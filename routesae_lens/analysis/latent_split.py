@@ -18,6 +18,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from routesae_lens.analysis.geometry import BestMatches, best_matches, decoder_directions, pairs_from
+from routesae_lens.saes.crosscoder import Crosscoded
 
 THRESHOLD = 0.7
 """That of Leask et al., found from what inserting latents did to the error (see ``insertion.choose_threshold``)."""
@@ -118,6 +119,11 @@ def split_latents(
     Raises:
         ValueError: a threshold out of range, no decoder, or decoders of different spaces.
     """
+    both = [one for one in (small, large) if isinstance(one, Crosscoded)]
+    if len(both) == 2 and both[0].layers != both[1].layers:
+        raise ValueError(
+            f"Crosscoders over layers {both[0].layers} and {both[1].layers} write different spaces"
+        )
     rows = [one.detach() if isinstance(one, Tensor) else decoder_directions(one) for one in (small, large)]
     ours, theirs = rows
     # (first, as it checks the threshold; rows are the larger SAE's, as in its best matches: the same blocks and sums)

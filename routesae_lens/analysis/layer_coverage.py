@@ -22,8 +22,15 @@ from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from routesae_lens.analysis.geometry import best_matches, decoder_directions, random_dictionary, unit_rows
+from routesae_lens.analysis.geometry import (
+    best_matches,
+    check_threshold,
+    decoder_directions,
+    random_dictionary,
+    unit_rows,
+)
 from routesae_lens.analysis.latent_split import THRESHOLD
+from routesae_lens.backends import SITES
 from routesae_lens.saes.route_sae import Routed
 
 
@@ -135,16 +142,17 @@ def layer_coverage(
         progress: show a progress bar.
 
     Raises:
-        ValueError: no RouteSAE, no layer SAEs, layers that are not routed, SAEs of other layers, widths or
-            standardisation, firing counts of another width, nothing alive, no seeds or repeated ones, or a threshold
+        ValueError: no RouteSAE, no layer SAEs, layers that are not routed, SAEs of other layers, sites, widths
+            or standardisation, firing counts of another width, nothing alive, no seeds or repeated ones, or a threshold
             out of range.
     """
     if not isinstance(route_sae, Routed):
         raise ValueError(f"expected a RouteSAE, got {type(route_sae).__name__}")
+    if not isinstance(layer_saes, Mapping):
+        raise ValueError(f"expected SAEs by their layer, {{layer: sae}}, got {type(layer_saes).__name__}")
     if not layer_saes:
         raise ValueError("no SAEs of single layers were given")
-    if not 0 < threshold <= 1:
-        raise ValueError(f"a threshold on cosines must be above 0 and at most 1, got {threshold}")
+    check_threshold(threshold)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be different, one or more, got {list(seeds)}")
     ceilings, layer_fires = ceilings or {}, layer_fires or {}
@@ -154,9 +162,12 @@ def layer_coverage(
     for layer, sae in (*layer_saes.items(), *ceilings.items()):
         _check_layer(route_sae, layer, sae)
     if route_ceiling is not None and not (
-        isinstance(route_ceiling, Routed) and route_ceiling.layers == route_sae.layers
+        isinstance(route_ceiling, Routed) and _space(route_ceiling) == _space(route_sae)
     ):
-        raise ValueError(f"route_ceiling must be a RouteSAE over layers {route_sae.layers}")
+        raise ValueError(
+            f"route_ceiling must be a RouteSAE over layers {route_sae.layers} with the same site, width and "
+            "standardisation as the RouteSAE"
+        )
     order = sorted(layer_saes)
     route_alive = _alive(route_sae, route_fires, "the RouteSAE")
     alive = {layer: _alive(layer_saes[layer], layer_fires.get(layer), f"layer {layer}") for layer in order}
@@ -234,16 +245,33 @@ def _check_layer(route_sae: Routed, layer: int, sae: Any) -> None:
         read = [int(block) for block in re.findall(r"\.(\d+)", str(sae.cfg.metadata.hook_name))[:1]]
     if read != [layer]:
         raise ValueError(f"the SAE given for layer {layer} reads {read or sae.cfg.metadata.hook_name}")
+    for site in _sites(sae):  # (other names are those of other backends, or of the Hugging Face model)
+        if site in SITES and site != route_sae.cfg.site:
+            raise ValueError(
+                f"the SAE given for layer {layer} reads or writes {site}, the RouteSAE {route_sae.cfg.site}"
+            )
+
+
+def _sites(sae: Any) -> list[str]:
+    """What of its block an SAE reads, and what it writes."""
+    if isinstance(sae, Routed):
+        return [sae.cfg.site]
+    hooks = (sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_name_out)
+    return [hook.rpartition(".")[2] for hook in hooks if hook is not None]
+
+
+def _space(sae: Routed) -> tuple[Any, ...]:
+    """What RouteSAEs must share for their decoder rows to lie in one space."""
+    return (sae.layers, sae.cfg.site, sae.cfg.d_model, sae.cfg.standardize)
 
 
 def _alive(sae: Any, fires: Tensor | None, what: str) -> Bool[Tensor, " d_sae"]:
     """Latents that have a direction, and fire where that is known."""
     alive = unit_rows(decoder_directions(sae))[1]
     if fires is not None:
-        if fires.shape != alive.shape:
-            raise ValueError(
-                f"firing counts of {what} have shape {tuple(fires.shape)}, it has {len(alive)} latents"
-            )
+        if not isinstance(fires, Tensor) or fires.shape != alive.shape:
+            given = f"have shape {tuple(fires.shape)}" if isinstance(fires, Tensor) else f"are {fires!r}"
+            raise ValueError(f"firing counts of {what} {given}, it has {len(alive)} latents")
         alive = alive & (fires.to(alive.device) > 0)
     if not alive.any():
         raise ValueError(f"no latent of {what} is alive")

@@ -136,6 +136,9 @@ class MetaLatents:
         """
         lists = {name: torch.tensor(values[name], dtype=dtype) for name, dtype in _LISTS.items()}
         d_sae, d_meta = values["d_sae"], values["d_meta"]
+        whole = [d_sae, d_meta, *values["latents"], *values["starts"], *values["meta"]]
+        if not all(type(one) is int for one in whole):
+            raise ValueError("d_sae, d_meta, latents, starts and meta must be whole numbers")
         latents, starts, meta = lists["latents"], lists["starts"], lists["meta"]
         fits = (
             all(one.ndim == 1 for one in lists.values())

@@ -50,6 +50,9 @@ class Evaluation:
     """Mean over tokens of ||z - z_hat||^2 / ||z||^2, z the routed activation, standardised, without p.
 
     For a Crosscoder the mean over tokens and layers, each layer by its own reconstruction."""
+    mse: float | None
+    """Mean over tokens (and a Crosscoder's layers) of the squared error in the units of the model, standardisation
+    undone, summed over dimensions. None where no activation of the model is reconstructed (mixtures of layers)."""
     explained_variance: float
     """1 - sum ||z - z_hat||^2 / sum ||z - mean of its layer||^2; for a Crosscoder the mean over its layers."""
     explained_variance_uncentered: float
@@ -124,6 +127,11 @@ class LayerSums:
         """Sum of squared deviations from the mean."""
         assert self.sum is not None
         return self.square - self.sum.pow(2).sum(-1) / self.count.clamp_min(1)
+
+    @property
+    def mse(self) -> float:
+        """Squared error per row."""
+        return (self.error.sum() / self.count.sum()).item()
 
     def explained(self, total: Float[Tensor, " layer"], every_layer: bool) -> float:
         """1 - error / total: the mean over layers if each token has all of them, else of the sums."""
@@ -246,6 +254,7 @@ class Tally:
             predicted=self.predicted,
             loss_recovered=recovered,
             norm_mse=(self.ratio.sum() / read).item(),
+            mse=raw.mse if has_raw else None,
             explained_variance=ours.explained(variance, every),
             explained_variance_uncentered=ours.explained(ours.square, every),
             explained_variance_raw=raw.explained(raw.variance, every) if has_raw else None,

@@ -304,8 +304,9 @@ def expert_width(d_sae: int, n_experts: int) -> int:
 
 
 def _check_threshold(threshold: int | float) -> None:
-    if not -1 <= threshold <= 1:
-        raise ValueError(f"threshold is a cosine, between -1 and 1; got {threshold}")
+    number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+    if not number or not -1 <= threshold <= 1:
+        raise ValueError(f"threshold is a cosine, between -1 and 1; got {threshold!r}")
 
 
 def _directions(sae: Any, part: Part, layer: int | None) -> Float[Tensor, "d_sae d"]:
@@ -326,6 +327,8 @@ def _living(rows: Tensor, living: Tensor | None) -> Bool[Tensor, " d_sae"]:
     directed = rows.ne(0).any(dim=1).cpu()
     if living is None:
         return directed
+    if not isinstance(living, Tensor):
+        raise ValueError(f"living must be a mask of {len(rows)} latents, got {type(living).__name__}")
     if living.dtype != torch.bool or living.shape != (len(rows),):
         raise ValueError(
             f"living must say yes or no of {len(rows)} latents, got {living.dtype} of shape {tuple(living.shape)}"

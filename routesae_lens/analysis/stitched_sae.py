@@ -25,8 +25,10 @@ import torch
 from sae_lens import SAE, TrainingSAE
 from torch import Tensor
 
+from routesae_lens.analysis.geometry import unit_rows
 from routesae_lens.analysis.jumprelu import JUMPRELU, as_jumprelu
 from routesae_lens.analysis.latent_split import THRESHOLD, LatentSplit, split_latents
+from routesae_lens.analysis.subjects import check_weights
 from routesae_lens.saes.forms import inference_form
 from routesae_lens.saes.route_sae import RouteSAE
 
@@ -92,10 +94,9 @@ class Stitching:
         if order not in ORDERS:
             raise ValueError(f"unknown order {order!r}; known: {', '.join(ORDERS)}")
         self.small, self.large = stitchable_pair(small, large)
-        split = split or split_latents(self.small, self.large, threshold, progress=progress)
-        widths = (self.small.cfg.d_sae, self.large.cfg.d_sae)
-        if split.widths != widths:
-            raise ValueError(f"a split of SAEs with {split.widths} latents; these have {widths}")
+        if split is None:
+            split = split_latents(self.small, self.large, threshold, progress=progress)
+        _check_split(split, self.small, self.large)
         self.split = split
         self.moves = _moves(split, order, seed, swap)
 
@@ -209,7 +210,22 @@ def _checked(sae: Any) -> SAE[Any]:
         raise ValueError(
             f"{kind} ({architecture}) cannot be stitched; architectures that can: {', '.join(FORMS)}"
         )
+    check_weights(sae)
     return sae
+
+
+def _check_split(split: LatentSplit, small: SAE[Any], large: SAE[Any]) -> None:
+    """Raise a ValueError unless the best matches of ``split`` have the cosines that it says in these two."""
+    if not isinstance(split, LatentSplit):
+        raise ValueError(f"split must be what split_latents gives, got {type(split).__name__}")
+    widths = (small.cfg.d_sae, large.cfg.d_sae)
+    if split.widths != widths:
+        raise ValueError(f"a split of SAEs with {split.widths} latents; these have {widths}")
+    ours, theirs = (unit_rows(one.W_dec)[0].cpu() for one in (small, large))
+    matched = split.large.latents >= 0
+    cosines = (theirs[matched] * ours[split.large.latents[matched]]).sum(-1)
+    if not torch.allclose(cosines, split.large.cosines[matched], rtol=0, atol=1e-3):
+        raise ValueError("a split of other SAEs: the decoder rows of these two have other cosines")
 
 
 def _check_same_input(small: SAE[Any], large: SAE[Any]) -> None:

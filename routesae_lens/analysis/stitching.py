@@ -7,6 +7,7 @@ which should make the code sparser at about the same error; then what is left of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,14 +19,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from routesae_lens.analysis.evaluate import evaluate_all
-from routesae_lens.analysis.insertion import check_source, encode, encoder_inputs
+from routesae_lens.analysis.insertion import Rows, check_source, encode, encoder_inputs
 from routesae_lens.analysis.latent_split import THRESHOLD, LatentSplit
 from routesae_lens.analysis.metrics import LayerSums
 from routesae_lens.analysis.stitched_sae import Stitching
 from routesae_lens.saes.layers import standardize
 from routesae_lens.saes.route_sae import RouteSAE
 
-MEASURES = ("l0", "norm_mse", "explained_variance", "kl", "kl_stderr", "delta_ce")
+MEASURES = ("l0", "norm_mse", "mse", "explained_variance", "kl", "kl_stderr", "delta_ce")
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,15 @@ class StitchingStep:
     """Latents of the larger SAE in it."""
     l0: float
     norm_mse: float
+    mse: float | None
+    """Squared error in the units of the model; None where a RouteSAE mixes layers."""
     explained_variance: float
     kl: float | None = None
     """None without a language model, as the next two."""
     kl_stderr: float | None = None
+    """None with a single sequence, too."""
     delta_ce: float | None = None
+    """None with no two kept tokens in a row, too."""
 
     @property
     def d_sae(self) -> int:
@@ -172,7 +177,7 @@ def _cuts(way: Stitching, steps: int) -> list[int]:
     return sorted({*even, *way.phase_ends.values()})
 
 
-def _step(way: Stitching, cut: int, measured: dict[str, float]) -> StitchingStep:
+def _step(way: Stitching, cut: int, measured: dict[str, Any]) -> StitchingStep:
     done = [move.phase for move in way.moves[:cut]]
     ours, theirs = way.latents(cut)
     return StitchingStep(
@@ -188,20 +193,25 @@ def _step(way: Stitching, cut: int, measured: dict[str, float]) -> StitchingStep
 
 def _with_model(
     saes: Sequence[SAE[Any]], model: Any, tokens: Any, options: dict[str, Any]
-) -> tuple[list[dict[str, float]], int]:
+) -> tuple[list[dict[str, Any]], int]:
     named = {str(i): sae for i, sae in enumerate(saes)}
     found = evaluate_all(named, model, tokens, **{"zero_ablation": False, "progress": False, **options})
-    measured = [{name: getattr(one, name) for name in MEASURES} for one in found.values()]
+    measured = [{name: _known(getattr(one, name)) for name in MEASURES} for one in found.values()]
     return measured, found["0"].tokens
 
 
-def _on_activations(saes: Sequence[SAE[Any]], activations: Tensor) -> tuple[list[dict[str, float]], int]:
-    """L0, NormMSE and explained variance as :func:`evaluate_all` defines them, without a language model."""
+def _known(value: float | None) -> float | None:
+    """``value``, or None where :func:`evaluate_all` has NaN: too little text for it."""
+    return None if value is None or math.isnan(value) else value
+
+
+def _on_activations(saes: Sequence[SAE[Any]], activations: Tensor) -> tuple[list[dict[str, Any]], int]:
+    """L0, NormMSE, MSE and explained variance as :func:`evaluate_all` defines them, without a language model."""
     tallies = [_Tally(sae) for sae in saes]
     # (all read the same input: their router is the smaller SAE's)
     for rows in encoder_inputs(saes[0], activations=activations):
         for tally in tallies:
-            tally.add(rows.x, rows.layer)
+            tally.add(rows)
     return [tally.result() for tally in tallies], tallies[0].tokens
 
 
@@ -209,26 +219,30 @@ class _Tally:
     def __init__(self, sae: SAE[Any]):
         self.sae, self.tokens, self.ratio, self.fired = sae, 0, 0.0, 0
         routed = isinstance(sae, RouteSAE)
-        self.sums = LayerSums(sae.cfg.n_layers if routed else 1)
-        self.mixed = routed and sae.cfg.routing in ("soft", "top2")
+        self.sums, self.raw = (LayerSums(sae.cfg.n_layers if routed else 1) for _ in range(2))
 
-    def add(self, x: Float[Tensor, "token d"], layer: Int[Tensor, " token"]) -> None:
+    def add(self, rows: Rows) -> None:
+        x = rows.x
         latents = encode(self.sae, x)
         out = self.sae.decode(latents)
         z = x
-        if not self.mixed:  # (standardising undoes a router's p, too)
+        if rows.target is not None:  # (standardising undoes a router's p, too)
             stats = standardize(x)
             z, out = stats.x, (out - stats.mean) / stats.std
         z = z.double()
         error = (z - out.double()).pow(2).sum(-1)
-        self.sums.add(z, error, layer)
+        self.sums.add(z, error, rows.layer)
+        if rows.target is not None:
+            scale = standardize(rows.target).std.squeeze(-1).double()
+            self.raw.add(rows.target, error * scale.pow(2), rows.layer)
         self.ratio += (error / z.pow(2).sum(-1).clamp_min(1e-12)).sum().item()
         self.fired += int((latents > 0).sum())
         self.tokens += len(x)
 
-    def result(self) -> dict[str, float]:
+    def result(self) -> dict[str, float | None]:
         return {
             "l0": self.fired / self.tokens,
             "norm_mse": self.ratio / self.tokens,
+            "mse": None if self.raw.sum is None else self.raw.mse,
             "explained_variance": self.sums.explained(self.sums.variance, False),
         }

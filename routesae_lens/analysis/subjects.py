@@ -92,9 +92,7 @@ def subject_of(sae: Any, model: Any) -> Subject:
     if isinstance(sae, TrainingSAE):
         sae = inference_form(sae)
     if isinstance(sae, SAE):
-        bad = [name for name, weights in sae.named_parameters() if not torch.isfinite(weights).all()]
-        if bad:
-            raise ValueError(f"{type(sae).__name__} has NaN or infinite weights: {', '.join(bad)}")
+        check_weights(sae)
         check_device(sae, model)
     if isinstance(sae, RouteSAE):
         return _RoutedSubject(sae, model)
@@ -105,6 +103,13 @@ def subject_of(sae: Any, model: Any) -> Subject:
     if isinstance(sae, SAE):
         return _PlainSubject(sae, model)
     raise ValueError(f"expected a RouteSAE, a Crosscoder or a SAELens SAE, got {type(sae).__name__}")
+
+
+def check_weights(sae: SAE[Any]) -> None:
+    """Raise a ValueError that names the weights which are not finite, if any."""
+    bad = [name for name, weights in sae.named_parameters() if not torch.isfinite(weights).all()]
+    if bad:
+        raise ValueError(f"{type(sae).__name__} has NaN or infinite weights: {', '.join(bad)}")
 
 
 class _RoutedSubject:

@@ -68,6 +68,10 @@ def _told(tokens: Tensor, model: Any, where: Where) -> Tensor:
         raise ValueError(
             f"where must be a mask, a function of a token's text or a list of words, got {where!r}"
         )
+    if not callable(where) and (other := [word for word in where if not isinstance(word, str)]):
+        raise ValueError(
+            f"words must be text, got {other[0]!r}; for token ids give the mask torch.isin(tokens, ids)"
+        )
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise ValueError("the model has no tokenizer: give a mask, tokens cannot be told by their text")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,6 +31,20 @@ def one_line_errors(debug: bool) -> Iterator[None]:
     notes = "".join(f"\n  {note}" for note in getattr(shown, "__notes__", []))
     typer.secho(f"Error: {shown}{notes}", fg="red", err=True)
     raise typer.Exit(code)
+
+
+@contextmanager
+def says_how_to_go_on() -> Iterator[None]:
+    """A training that was stopped by a signal ends in the command that goes on with it, and exit code 130."""
+    from routesae_lens.training.interruption import TrainingInterrupted
+
+    try:
+        yield
+    except TrainingInterrupted as stop:
+        again = [arg for arg in sys.argv[1:] if arg != "--resume"]
+        typer.echo(f"{stop}; checkpoint: {stop.checkpoint}\nGo on with:", err=True)
+        typer.echo(f"  {shlex.join(['routesae-lens', *again, '--resume'])}", err=True)
+        raise typer.Exit(130) from None
 
 
 class Counted(Iterator[str]):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from routesae_lens.cli.shared import DATA, MODEL, RUN, SAE, Counted, one_line_errors
+from routesae_lens.cli.shared import DATA, MODEL, RUN, SAE, Counted, one_line_errors, says_how_to_go_on
 
 if TYPE_CHECKING:
     from routesae_lens.training.presets import Preset
@@ -238,8 +236,7 @@ def train(
     from routesae_lens.hook_points import layer_hook_name, parse_layers
     from routesae_lens.models import load_model
     from routesae_lens.training.data import is_tokenized, load_text
-    from routesae_lens.training.interruption import TrainingInterrupted
-    from routesae_lens.training.methods import TRIAL_D_MODEL
+    from routesae_lens.training.methods import TRIAL_D_MODEL, TRIAL_D_SAE
     from routesae_lens.training.preflight import check_numbers, check_output, fit_to_run
     from routesae_lens.training.presets import find_preset
     from routesae_lens.training.train import train as run
@@ -275,7 +272,7 @@ def train(
         early = _config(
             architecture,
             lambda cls, **given: cls(d_in=TRIAL_D_MODEL * len(trial), layers=trial, **given),
-            d_sae or 2**30,
+            d_sae or TRIAL_D_SAE,
             k,
             options,
             recipe,
@@ -305,7 +302,7 @@ def train(
             if eval_dataset is None:
                 text = text.skip(documents.count)
             evaluator = SpliceEvaluator(loaded, sequences)
-        try:
+        with says_how_to_go_on():
             result = run(
                 loaded,
                 config,
@@ -334,11 +331,6 @@ def train(
                 wandb_entity=wandb_entity,
                 run_name=run_name,
             )
-        except TrainingInterrupted as stop:
-            again = [arg for arg in sys.argv[1:] if arg != "--resume"]
-            typer.echo(f"{stop}; checkpoint: {stop.checkpoint}\nGo on with:", err=True)
-            typer.echo(f"  {shlex.join(['routesae-lens', *again, '--resume'])}", err=True)
-            raise typer.Exit(130) from None
     typer.echo(
         f"{result.paths[architecture]}: {result.steps} steps, {result.tokens} tokens; log: {result.log}"
     )

@@ -5,6 +5,7 @@ Matplotlib is imported where a figure is drawn: the package works without it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,9 @@ def plot_stitching(curve: StitchingCurve, path: str | Path) -> Path:
             text, colour = PHASES[phase]
             axes.axvspan(starts[phase], end, color=colour, alpha=0.13, linewidth=0, label=text)
         axes.set(xlabel="moves", ylabel=label)
-    small, large = curve.widths
-    last = "the larger SAE" if curve.reaches_large else "every novel latent"
-    figure.suptitle(f"From {small:,} latents (left) to {last} (right, {large:,})", fontsize=11)
+    first, end = curve.steps[0].d_sae, curve.steps[-1].d_sae
+    last = "the larger SAE" if curve.reaches_large else "all of them and every novel one"
+    figure.suptitle(f"From {first:,} latents (left) to {last} (right, {end:,})", fontsize=11)
     _legend(figure, panels[0])
     return write_figure(figure, path)
 
@@ -119,13 +120,18 @@ def plot_layer_coverage(found: LayerCoverage | Mapping[str, LayerCoverage], path
         "random dictionaries": ([sum(row.random) / len(row.random) for row in rows], ":", "#545b64"),
     }
     for label, (shares, dashes, colour) in lines.items():
-        known = [(row.layer, share) for row, share in zip(rows, shares, strict=True) if share is not None]
-        if known:
-            left.plot(*zip(*known, strict=True), linestyle=dashes, color=colour, linewidth=1.4, label=label)
+        if any(
+            share is not None for share in shares
+        ):  # (a layer without leaves a gap; a lone point needs its dot)
+            known = [math.nan if share is None else share for share in shares]
+            left.plot(
+                [row.layer for row in rows], known, marker=".", linestyle=dashes, color=colour, linewidth=1.4,
+                label=label,
+            )  # fmt: skip
     left.set(xlabel="layer", ylabel="latents covered", ylim=(0, None))
     right.set(xlabel="layers whose SAE has its like", ylabel="latents of the RouteSAE")
     for axes in (left, right):
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(figure, left)
     return write_figure(figure, path)

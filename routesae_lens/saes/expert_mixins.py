@@ -25,7 +25,7 @@ from routesae_lens.saes.expert_function import (
     scaled_encoder,
     selected_latents,
 )
-from routesae_lens.saes.fast_topk import FastTopK, OwnSparseCode, has_relu, latents_kept
+from routesae_lens.saes.fast_topk import FastTopK, OwnSparseCode, encode_fast, has_relu, latents_kept
 from routesae_lens.saes.topk_function import TopKCode, TopKOutput
 
 ExpertWeights = Literal["softmax", "renormalized"]
@@ -101,18 +101,20 @@ class ExpertTrainingFields(ExpertFields):
             inference has the scaled encoder, and omega as ``expert_scale``.
         expert_balance_coefficient: alpha of the load-balancing loss of Eq. 2.2, alpha N sum_i f_i P_i: P_i is the mean
             probability of expert i, f_i its share of the batch's selections (e for each token, so that balanced
-            experts give alpha for every e). The paper does not say its alpha. The default is a hundredth of a
-            normalised loss's start; SAEs whose loss is summed over ``d_in`` have another.
+            experts give alpha for every e). The paper does not say its alpha. None takes a tenth of
+            the reconstruction loss at the start, about: 0.1 where that is normalised, else 0.1 times the size of the
+            activation (the squared error is summed over it). With a tenth of that half of the experts were never
+            selected after 200 thousand tokens, see ``recipes/results/README.md``.
     """
 
     feature_scaling: FeatureScaling = "mean"
-    expert_balance_coefficient: float = 0.01
+    expert_balance_coefficient: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         cfg: Any = self
         _check_known("feature_scaling", self.feature_scaling, FeatureScaling)
-        alpha = self.expert_balance_coefficient
+        alpha = self.alpha
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha < float("inf"):
             raise ValueError(f"expert_balance_coefficient must be a number, 0 or more; got {alpha!r}")
         if getattr(cfg, "use_sparse_activations", False):
@@ -127,6 +129,15 @@ class ExpertTrainingFields(ExpertFields):
                 f"normalize_activations={cfg.normalize_activations!r} cannot be folded into an encoder with "
                 f"feature_scaling={self.feature_scaling!r}"
             )
+
+    @property
+    def alpha(self) -> float:
+        """``expert_balance_coefficient``, or what None stands for."""
+        if self.expert_balance_coefficient is not None:
+            return self.expert_balance_coefficient
+        cfg: Any = self
+        normalized = getattr(cfg, "loss", "mse") == "normalized_mse"
+        return 0.1 if normalized else 0.1 * getattr(cfg, "d_model", cfg.d_in)
 
 
 # --- What training and inference share ------------------------------------------------------------------
@@ -225,7 +236,14 @@ class ExpertInference(Experts):
         self.register_buffer("expert_scale", scale)
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        return self._encode_dense(x)[0]
+        """Latents; without gradients only the selected experts are computed where ``is_fast`` says so."""
+        if x.ndim == 1:
+            return self.encode(x[None])[0]
+        code = encode_fast(self, x, lambda x: self._encode_dense(x)[0])
+        if not isinstance(code, TopKCode):
+            return code
+        acts = code.values.new_zeros(len(code.values), self.cfg.d_sae)
+        return acts.scatter_(1, code.indices, code.values).view(*x.shape[:-1], self.cfg.d_sae)
 
 
 class ExpertTraining(Experts, FastTopK):
@@ -238,11 +256,20 @@ class ExpertTraining(Experts, FastTopK):
     def initialize_weights(self) -> None:
         super().initialize_weights()
         if self.cfg.feature_scaling != "none":
-            scale = torch.zeros(self.cfg.n_experts, dtype=self.dtype, device=self.device)
+            scale = torch.empty(self.cfg.n_experts, dtype=self.dtype, device=self.device)
             self.expert_scale = nn.Parameter(scale)
         if self.cfg.feature_scaling == "learned":
-            mean = mean_rows(self.W_enc.detach(), self.cfg.n_experts)
-            self.W_lowpass = nn.Parameter(mean.repeat_interleave(self.cfg.expert_width, dim=1))
+            self.W_lowpass = nn.Parameter(torch.empty_like(self.W_enc))
+        self.start_scaling()
+
+    @torch.no_grad()
+    def start_scaling(self) -> None:
+        """No scaling of the encoder as it is now: omega 0, and a learned low-pass part at the mean rows."""
+        if self.cfg.feature_scaling != "none":
+            self.expert_scale.zero_()
+        if self.cfg.feature_scaling == "learned":
+            mean = mean_rows(self.W_enc, self.cfg.n_experts)
+            self.W_lowpass.copy_(mean.repeat_interleave(self.cfg.expert_width, dim=1))
 
     def _encoder(self) -> tuple[Tensor, Tensor | None]:
         match self.cfg.feature_scaling:
@@ -294,8 +321,8 @@ class ExpertTraining(Experts, FastTopK):
         finally:
             self._stepping, self._choice = False, None
         assert choice is not None
-        if self.cfg.expert_balance_coefficient:
-            balance = self.cfg.expert_balance_coefficient * load_balance(choice)
+        if self.cfg.alpha:
+            balance = self.cfg.alpha * load_balance(choice)
             output.losses["expert_balance_loss"] = balance
             output.loss = output.loss + balance
         output.metrics.update(expert_metrics(choice))
@@ -315,7 +342,7 @@ class ExpertTraining(Experts, FastTopK):
         super().process_state_dict_for_saving_inference(state_dict)
 
     def fold_and_get_W_dec_norm(self) -> Tensor:
-        if self.cfg.feature_scaling != "none":
+        if self.cfg.feature_scaling != "none" and self.expert_scale.any():
             raise NotImplementedError(
                 f"decoder norms cannot be folded beside feature_scaling={self.cfg.feature_scaling!r}, they would "
                 "change its low-pass part; fold them into inference_form(sae), whose encoder is scaled already"

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sae_lens import TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+import torch
+from sae_lens import SAE, TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.registry import register_sae_class, register_sae_training_class
 
 from routesae_lens.saes.expert_mixins import (
@@ -20,6 +21,7 @@ from routesae_lens.saes.expert_mixins import (
     ExpertTrainingFields,
     FeatureScaling,
 )
+from routesae_lens.saes.forms import inference_form
 from routesae_lens.saes.route_sae import RouteFields, RouteSAE, RouteTrainingFields, RouteTrainingSAE
 from routesae_lens.saes.signed_topk import ReLUField, ReLUOption
 
@@ -44,10 +46,8 @@ class ScaleTrainingSAEConfig(ReLUField, ExpertTrainingFields, TopKTrainingSAECon
     """Config of :class:`ScaleTrainingSAE`: experts, feature scaling, ``relu``, and SAELens' TopK fields.
 
     Its loss is SAELens' squared error summed over ``d_in``, about ``d_in`` at the start for inputs scaled by
-    ``normalize_activations="expected_average_only_in"``; ``expert_balance_coefficient`` is 3 by default.
+    ``normalize_activations="expected_average_only_in"``, as ``expert_balance_coefficient`` supposes by default.
     """
-
-    expert_balance_coefficient: float = 3.0
 
     @classmethod
     def architecture(cls) -> str:
@@ -140,6 +140,16 @@ class RouteScaleTrainingSAEConfig(
 
 class RouteScaleTrainingSAE(ReLUOption, RouteTrainingSAE, ExpertTraining, TopKTrainingSAE):
     """RouteSAE with a Scale SAE in training, with the step that computes the selected experts only."""
+
+    starts_anew = (*RouteTrainingSAE.starts_anew, "expert_scale", "W_lowpass")
+
+    @torch.no_grad()
+    def init_from(self, sae: SAE[Any]) -> None:
+        """As :meth:`RouteTrainingSAE.init_from`, also from an expert SAE with another ``feature_scaling``: the encoder
+        becomes the scaled one of ``sae``, and scaling starts anew from there (omega 0)."""
+        self.start_scaling()  # (decoder norms can be folded then)
+        super().init_from(inference_form(sae) if isinstance(sae, ExpertTraining) else sae)
+        self.start_scaling()
 
 
 # --- Registration ------------------------------------------------------------------------------------------

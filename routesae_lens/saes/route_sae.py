@@ -276,6 +276,9 @@ class RouteTrainingFields(RouteFields, StackTrainingFields):
 class RouteTrainingSAE(Routed, StackTrainingSAE):
     """Common base of the routed training SAEs."""
 
+    starts_anew: ClassVar[tuple[str, ...]] = ("W_router", "router_")
+    """How the names of parameters begin that :meth:`init_from` leaves alone."""
+
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         if self.cfg.routing == "every":
             return self._train_on_every_layer(step_input)
@@ -322,7 +325,7 @@ class RouteTrainingSAE(Routed, StackTrainingSAE):
             ValueError: a shape or ``apply_b_dec_to_input`` differs, or ``sae`` lacks a parameter.
         """
         ours, theirs = dict(self.named_parameters()), dict(sae.named_parameters())
-        needed = [name for name in ours if not name.startswith(("W_router", "router_"))]
+        needed = [name for name in ours if not name.startswith(self.starts_anew)]
         wrong = [f"no {name}" for name in needed if name not in theirs and name != "threshold"]
         shared = [name for name in needed if name in theirs]
         wrong += [

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from routesae_lens.analysis.geometry import decoder_directions
 from routesae_lens.analysis.meta_latents import ROWS_AT_ONCE, UNIT_ROWS, decoder_rows
+from routesae_lens.models import known_device
 from routesae_lens.saes.forms import inference_form
 from routesae_lens.saes.threshold import ThresholdCounts, check_level
 from routesae_lens.training.checkpoint import Checkpoints, CheckpointState
@@ -128,7 +129,7 @@ def train_meta_sae(
 
     Raises:
         ValueError: too few rows, more meta-latents than rows, k above d_sae, rows that are not finite, numbers that
-            make no sense, or a checkpoint of another run.
+            make no sense, an unknown device, or a checkpoint of another run.
         FileExistsError: ``output`` holds another run, and ``resume`` is not asked.
         FloatingPointError: the loss or the weights became NaN or infinite.
         TrainingInterrupted: SIGINT or SIGTERM, after writing a checkpoint.
@@ -145,7 +146,7 @@ def train_meta_sae(
         raise ValueError("resume and checkpoint_every need a folder: give output")
     if output is not None:
         check_output(Path(output), FILES, resume)
-    device = device or str(decoder_directions(sae).device)
+    device = known_device(device or str(decoder_directions(sae).device))
     meta = _build(rows, d_sae, float(k), seed, unit_rows, len(numbers))
     settings = {
         "sae": sae_settings(meta.cfg), "steps": steps, "batch_size": batch_size, "lr": lr, "schedule": schedule,

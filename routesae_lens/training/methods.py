@@ -7,6 +7,7 @@ or hand a mapping of your own to ``sweep(..., methods=METHODS | {...})``.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -47,6 +48,8 @@ SET_ELSEWHERE = {
 
 TRIAL_D_MODEL = 2**20
 """Stands for a d_model that is not known yet; large, so that no k or start of K-annealing seems too large."""
+TRIAL_D_SAE = 1536 * math.lcm(*range(1, 26))
+"""Likewise for a d_sae that is not known yet; every usual number of experts divides it."""
 
 
 class Method(NamedTuple):

@@ -17,6 +17,7 @@ from routesae_lens.hook_points import default_layers
 from routesae_lens.training.methods import (
     METHODS,
     SPARSITIES,
+    TRIAL_D_SAE,
     Method,
     find_method,
     make_config,
@@ -275,7 +276,7 @@ class SweepConfig:
     ) -> tuple[dict[str, TrainingSAEConfig], list[str]]:
         """Training configs by member, and why others cannot be made; None stands for a model not yet loaded."""
         if model is None:  # sizes that are not known yet are taken as large
-            layers, d_sae = list(self.layers or range(1000)), self.d_sae or 2**30
+            layers, d_sae = list(self.layers or range(1000)), self.d_sae or TRIAL_D_SAE
         else:
             backend = backend_of(model)
             layers = list(self.layers or default_layers(backend.n_layers))

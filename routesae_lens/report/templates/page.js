@@ -216,7 +216,8 @@ function browser(data) {
     search.value = words;
     update();
     document.getElementById("browser").classList.remove("open");
-    location.hash = "#features"; // so that the same link works again
+    // so that the same link works again, and the way back in the history does not lead here again
+    location.replace("#features");
     search.focus();
   }
 
