@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from paper_findings import write_whole
+from paper_findings import plain_name, write_whole
 from paper_tables import escaped, markdown
 from stitch_layers_study import SMALL, read
 
@@ -41,7 +41,9 @@ def write_report(output: Path) -> list[Verdict]:
     verdicts = judge(found)
     folder = output / "report"
     folder.mkdir(exist_ok=True)
-    numbers = found | {"verdicts": [asdict(one) for one in verdicts]}
+    config = found["training"]["config"]
+    training = found["training"] | {"config": config | {"model_name": plain_name(config["model_name"])}}
+    numbers = found | {"training": training, "verdicts": [asdict(one) for one in verdicts]}
     write_whole(folder / "results.json", json.dumps(numbers, indent=1, allow_nan=False))
     sections = [
         _what_was_run(found),
