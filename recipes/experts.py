@@ -20,9 +20,8 @@ from experts_settings import PRESETS, Settings, mistakes, parts_of
 from experts_study import Study, run_part
 from paper_findings import plain_name
 from paper_options import number_list, positive
-from reproduce_paper import STOPPED, _identity, stopping_after
 from rich.console import Console
-from study_folder import claim
+from study_folder import claim, continued_later, identity
 
 
 def _numbers(text: str | None, problems: list[str]) -> tuple[float, ...] | None:
@@ -99,21 +98,13 @@ def main(
         problems = [f"unknown part {part!r}; known: {', '.join(parts_of(settings))}, report"]
     if problems:
         raise typer.BadParameter("\n  ".join([f"{len(problems)} wrong:", *problems]))
-    sources = {"dataset": _identity(dataset), "eval_dataset": _identity(eval_dataset)}
+    sources = {"dataset": identity(dataset), "eval_dataset": identity(eval_dataset)}
     claim(output, {"preset": preset, **settings.named(), "model": plain_name(settings.model), **sources})
     study = Study(settings, dataset, eval_dataset, output, console)
-    try:
-        with stopping_after(minutes):
-            for name in [part] if part else parts_of(settings):
-                run_part(study, name)
-            found = write_report(output, svg=svg)
-    except KeyboardInterrupt:  # TrainingInterrupted is one
-        console.print("[yellow]stopped; run the same command again to go on[/yellow]")
-        raise typer.Exit(STOPPED) from None
-    except Exception:
-        if not (output / "text.json").exists():  # no part has begun: the folder is free for other settings
-            (output / "settings.json").unlink()
-        raise
+    with continued_later(output, console, minutes):
+        for name in [part] if part else parts_of(settings):
+            run_part(study, name)
+        found = write_report(output, svg=svg)
     _say(console, found)
 
 

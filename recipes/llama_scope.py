@@ -22,16 +22,8 @@ from llama_scope_settings import PARTS, PRESETS, Settings, mistakes, named_parts
 from llama_scope_study import Study
 from paper_findings import plain_name
 from paper_options import block_list, positive
-from reproduce_paper import STOPPED, stopping_after
 from rich.console import Console
-from study_folder import claim
-
-
-def _identity(source: str | None) -> str | None:
-    """A name without the folder, and the size: the same text may lie elsewhere on another machine."""
-    if source is None or not Path(source).is_file():
-        return None if source is None else plain_name(source)
-    return f"{Path(source).name} ({Path(source).stat().st_size:,} bytes)"
+from study_folder import claim, continued_later, identity
 
 
 def main(
@@ -103,22 +95,14 @@ def main(
         "base_model": None if settings.base_model is None else plain_name(settings.base_model),
     }
     texts = {"dataset": dataset, "eval_dataset": eval_dataset, "long_dataset": long_dataset}
-    sources = {name: _identity(source) for name, source in texts.items()}
+    sources = {name: identity(source) for name, source in texts.items()}
     claim(output, {"preset": preset, **named, **sources})
     study = Study(settings, dataset, eval_dataset, long_dataset, output, console)
-    try:
-        with stopping_after(minutes):
-            for name in parts:
-                if name in RUN:
-                    RUN[name](study)
-            report = write_report(output, svg=svg)
-    except KeyboardInterrupt:  # TrainingInterrupted is one
-        console.print("[yellow]stopped; run the same command again to go on[/yellow]")
-        raise typer.Exit(STOPPED) from None
-    except Exception:
-        if not (output / "about.json").exists():  # no part has begun: the folder is free for other settings
-            (output / "settings.json").unlink()
-        raise
+    with continued_later(output, console, minutes, first="about.json"):
+        for name in parts:
+            if name in RUN:
+                RUN[name](study)
+        report = write_report(output, svg=svg)
     _say(console, report)
 
 

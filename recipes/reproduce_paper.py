@@ -11,11 +11,6 @@ continued by the same command. ``report/`` holds the report, its figures and eve
 
 from __future__ import annotations
 
-import _thread
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,35 +22,11 @@ from paper_presets import PARTS, PRESETS, Preset
 from paper_report import Report, write_report
 from paper_stages import Study, run_part
 from rich.console import Console
-from study_folder import claim
+from study_folder import claim, continued_later, identity
 
-STOPPED = 75
-"""Exit status (EX_TEMPFAIL): stopped before the end, to be continued."""
 SHARED_TEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "text"
 """Text beside the repository, for those who have it; else the text that ships with the package."""
 HUB_TEXT = "Skylion007/openwebtext"
-
-
-@contextmanager
-def stopping_after(minutes: float | None) -> Iterator[None]:
-    """Raises KeyboardInterrupt in the main thread after so many minutes, and on SIGTERM as on Ctrl-C.
-
-    Training answers with a checkpoint (TrainingInterrupted). Elsewhere results are written whole, by groups of
-    SAEs, so that stopping at once costs the group under way and nothing else.
-    """
-    timer = threading.Timer(60 * minutes, _thread.interrupt_main) if minutes else None
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main else None
-    try:
-        if timer:
-            timer.daemon = True
-            timer.start()
-        yield
-    finally:
-        if timer:
-            timer.cancel()
-        if in_main:
-            signal.signal(signal.SIGTERM, before)
 
 
 def _texts(dataset: str | None, eval_dataset: str | None, preset: str) -> tuple[str, str | None]:
@@ -67,13 +38,6 @@ def _texts(dataset: str | None, eval_dataset: str | None, preset: str) -> tuple[
     if (SHARED_TEXT / "train.parquet").exists() and (SHARED_TEXT / "eval.parquet").exists():
         return str(SHARED_TEXT / "train.parquet"), eval_dataset or str(SHARED_TEXT / "eval.parquet")
     return "demo", eval_dataset
-
-
-def _identity(dataset: str | None) -> str | None:
-    """A name without the folder, and the size: the same text may lie elsewhere on another machine."""
-    if dataset is None or not Path(dataset).is_file():
-        return None if dataset is None else plain_name(dataset)
-    return f"{Path(dataset).name} ({Path(dataset).stat().st_size:,} bytes)"
 
 
 def main(
@@ -131,23 +95,15 @@ def main(
     if problems:
         raise typer.BadParameter("\n  ".join([f"{len(problems)} wrong:", *problems]))
     dataset, eval_dataset = _texts(dataset, eval_dataset, preset)
-    sources = {"dataset": _identity(dataset), "eval_dataset": _identity(eval_dataset)}
+    sources = {"dataset": identity(dataset), "eval_dataset": identity(eval_dataset)}
     named = asdict(settings) | {"model": plain_name(settings.model)}
     claim(output, {"preset": preset, **named, **sources})
     study = Study(settings, dataset, eval_dataset, output, console)
-    try:
-        with stopping_after(minutes):
-            _print_epochs(study)
-            for name in parts:
-                run_part(study, name)
-            report = write_report(output, svg=svg)
-    except KeyboardInterrupt:  # TrainingInterrupted is one
-        console.print("[yellow]stopped; run the same command again to go on[/yellow]")
-        raise typer.Exit(STOPPED) from None
-    except Exception:
-        if not (output / "text.json").exists():  # no part has begun: the folder is free for other settings
-            (output / "settings.json").unlink()
-        raise
+    with continued_later(output, console, minutes):
+        _print_epochs(study)
+        for name in parts:
+            run_part(study, name)
+        report = write_report(output, svg=svg)
     _say(console, report)
 
 
@@ -160,7 +116,7 @@ def _print_epochs(study: Study) -> None:
     epochs = study.about["epochs"]
     known = "an unknown number of" if epochs is None else f"about {epochs:.2f}"
     study.console.print(
-        f"{study.preset.tokens:,} training tokens: {known} epochs of {_identity(study.dataset)}"
+        f"{study.preset.tokens:,} training tokens: {known} epochs of {identity(study.dataset)}"
     )
 
 

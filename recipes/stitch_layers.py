@@ -24,11 +24,10 @@ from typing import Annotated, Any
 import typer
 from paper_findings import plain_name
 from paper_options import block_list, positive
-from reproduce_paper import STOPPED, _identity, stopping_after
 from rich.console import Console
 from stitch_layers_report import write_report
 from stitch_layers_study import PRESETS, Settings, Study, mistakes, run_stages
-from study_folder import claim
+from study_folder import claim, continued_later, identity
 
 
 def main(
@@ -75,21 +74,13 @@ def main(
     problems = problems or mistakes(settings)
     if problems:
         raise typer.BadParameter("\n  ".join([f"{len(problems)} wrong:", *problems]))
-    sources = {"dataset": _identity(dataset), "eval_dataset": _identity(eval_dataset)}
+    sources = {"dataset": identity(dataset), "eval_dataset": identity(eval_dataset)}
     named = asdict(settings) | {"model": plain_name(settings.model), **sources}
     claim(output, {"preset": preset, **named})
     study = Study(settings, dataset, eval_dataset, output, console)
-    try:
-        with stopping_after(minutes):
-            run_stages(study)
-            verdicts = write_report(output)
-    except KeyboardInterrupt:  # TrainingInterrupted is one
-        console.print("[yellow]stopped; run the same command again to go on[/yellow]")
-        raise typer.Exit(STOPPED) from None
-    except Exception:
-        if not (output / "text.json").exists():  # nothing has begun: the folder is free for other settings
-            (output / "settings.json").unlink()
-        raise
+    with continued_later(output, console, minutes):
+        run_stages(study)
+        verdicts = write_report(output)
     for one in verdicts:
         console.print(f"{one.claim}: {one.measured}: {one.verdict}", markup=False)
     console.print("Written to report/: report.md, results.json and figures")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import resource
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +15,18 @@ from typing import Any
 
 import torch
 import typer
-from paper_findings import write_whole
+from paper_findings import plain_name, write_whole
+from rich.console import Console
+
+STOPPED = 75
+"""Exit status (EX_TEMPFAIL): stopped before the end, to be continued."""
+
+
+def identity(source: str | None) -> str | None:
+    """A name without the folder, and the size: the same text may lie elsewhere on another machine."""
+    if source is None or not Path(source).is_file():
+        return None if source is None else plain_name(source)
+    return f"{Path(source).name} ({Path(source).stat().st_size:,} bytes)"
 
 
 def claim(output: Path, settings: dict[str, Any]) -> None:
@@ -34,6 +48,48 @@ def claim(output: Path, settings: dict[str, Any]) -> None:
         raise typer.BadParameter(f"{output} holds something else; choose another --output")
     output.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(settings, indent=1))
+
+
+@contextmanager
+def continued_later(
+    output: Path, console: Console, minutes: float | None, first: str = "text.json"
+) -> Iterator[None]:
+    """Around the work of a study: Ctrl-C, SIGTERM and the end of ``minutes`` exit with :data:`STOPPED`.
+
+    A study that fails before it wrote its ``first`` file leaves the folder free for other settings.
+    """
+    try:
+        with _stopping_after(minutes):
+            yield
+    except KeyboardInterrupt:  # TrainingInterrupted is one
+        console.print("[yellow]stopped; run the same command again to go on[/yellow]")
+        raise typer.Exit(STOPPED) from None
+    except Exception:
+        if not (output / first).exists():
+            (output / "settings.json").unlink()
+        raise
+
+
+@contextmanager
+def _stopping_after(minutes: float | None) -> Iterator[None]:
+    """Raises KeyboardInterrupt in the main thread after so many minutes, and on SIGTERM as on Ctrl-C.
+
+    Training answers with a checkpoint (TrainingInterrupted). Elsewhere results are written whole, by groups of
+    SAEs, so that stopping at once costs the group under way and nothing else.
+    """
+    timer = threading.Timer(60 * minutes, _thread.interrupt_main) if minutes else None
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main else None
+    try:
+        if timer:
+            timer.daemon = True
+            timer.start()
+        yield
+    finally:
+        if timer:
+            timer.cancel()
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

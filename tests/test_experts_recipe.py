@@ -21,6 +21,7 @@ import experts_methods as methods
 import experts_settings
 import experts_study
 import paper_verdicts as verdicts
+import study_folder
 from experts_verbs import verb_like
 from paper_claims import COLUMNS
 
@@ -58,7 +59,7 @@ def whole(options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
         patch.setattr(experts_study, "redundancy", stop)
         with pytest.raises(typer.Exit) as stopped:
             experts.main(output=output, part="seeds0", **options)
-        assert stopped.value.exit_code == experts.STOPPED
+        assert stopped.value.exit_code == study_folder.STOPPED
     trained = (output / "seeds0/training/run.json").stat().st_mtime_ns
     experts.main(output=output, part="report")
     report = (output / "report/report.md").read_text()

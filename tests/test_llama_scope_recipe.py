@@ -23,6 +23,7 @@ import llama_scope_parts
 import llama_scope_report
 import llama_scope_settings
 import llama_scope_verdicts as verdicts
+import study_folder
 
 import routesae_lens.analysis.feature_map
 
@@ -72,7 +73,7 @@ def whole(options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
         patch.setattr(llama_scope.Study, "evaluate", stop)  # the training is done, the part is not
         with pytest.raises(typer.Exit) as stopped:
             llama_scope.main(output=output, **options)
-        assert stopped.value.exit_code == llama_scope.STOPPED
+        assert stopped.value.exit_code == study_folder.STOPPED
         patch.setattr(llama_scope.Study, "evaluate", evaluate)
         trained = (output / "annealing/run.json").stat().st_mtime_ns
         assert not (output / "annealing.json").exists()

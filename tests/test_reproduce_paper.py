@@ -23,6 +23,7 @@ import paper_report
 import paper_stages
 import paper_verdicts as verdicts
 import reproduce_paper
+import study_folder
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:To copy construct", "ignore:the data holds", "ignore:end of the data"
@@ -188,8 +189,8 @@ def test_interrupted_and_continued_gives_the_same(
                     self.function()
                     return
 
-    monkeypatch.setattr(reproduce_paper.threading, "Timer", SoonInTraining)
-    assert run(minutes=60) == reproduce_paper.STOPPED
+    monkeypatch.setattr(study_folder.threading, "Timer", SoonInTraining)
+    assert run(minutes=60) == study_folder.STOPPED
     assert json.loads((output / "core/training/run.json").read_text())["status"] == "interrupted"
     assert not (output / "report").exists()
     # between the groups of a measurement
@@ -203,7 +204,7 @@ def test_interrupted_and_continued_gives_the_same(
 
     monkeypatch.setattr(paper_stages, "GROUP", 3)
     monkeypatch.setattr(paper_stages.rl, "collect_features", stopped_at_the_second)
-    assert run() == reproduce_paper.STOPPED
+    assert run() == study_folder.STOPPED
     assert len(list((output / "core/features").iterdir())) == 3
     monkeypatch.setattr(paper_stages.rl, "collect_features", real)
     assert run() == 0

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))  # a recipe finds
 import stitch_layers
 import stitch_layers_report as report
 import stitch_layers_study as study
+import study_folder
 
 import routesae_lens as rl
 
@@ -46,7 +47,7 @@ def run(options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pa
         patch.setitem(study.STAGES, "evaluation", stop)
         with pytest.raises(typer.Exit) as stopped:
             stitch_layers.main(output=output, **options)
-        assert stopped.value.exit_code == stitch_layers.STOPPED
+        assert stopped.value.exit_code == study_folder.STOPPED
     trained = (output / "training/run.json").stat().st_mtime_ns
     stitch_layers.main(output=output, **options)
     assert (output / "training/run.json").stat().st_mtime_ns == trained
