@@ -22,7 +22,7 @@ from routesae_lens.analysis.token_sets import chosen_tokens, read_token_set
 from routesae_lens.models import load_model
 from routesae_lens.saes.experts import RouteScaleSAE, RouteScaleSAEConfig, ScaleSAE, ScaleSAEConfig
 from routesae_lens.saes.fast_topk import Latents
-from routesae_lens.saes.topk_function import TopKCode
+from routesae_lens.saes.sparse_products import TopKCode
 
 HOOK = "blocks.2.hook_resid_post"
 

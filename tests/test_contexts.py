@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from routesae_lens.analysis import contexts as contexts_module
-from routesae_lens.analysis.contexts import ContextRows, Passages, TextClasses, TopContexts
+from routesae_lens.analysis.contexts import ContextRows, Passages, TextClasses, TopContexts, token_texts
 from routesae_lens.analysis.feature_set import FeatureRule
 from routesae_lens.analysis.features import _limits
 
@@ -124,13 +124,17 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
 
 
+def passages_of(tokens, tokenizer, context_tokens):
+    return Passages(tokens, tokenizer, token_texts(tokens, tokenizer), context_tokens)
+
+
 HOSTILE = "<script>alert('x')</script> \u202eright to left\u202c **bold** 😀👩‍👩‍👧 naïve\u2028 \x00 日本 ▁|⟨⟩"
 
 
 def test_hostile_text_comes_back_whole(byte_tokenizer):
     ids = byte_tokenizer(HOSTILE, add_special_tokens=False)["input_ids"]
     tokens = torch.tensor([[0, *ids]])
-    passages = Passages(tokens, byte_tokenizer, context_tokens=1000)
+    passages = passages_of(tokens, byte_tokenizer, 1000)
     encoded = HOSTILE.encode()
     assert len(ids) == len(encoded)
     for at in range(len(ids)):
@@ -148,7 +152,7 @@ def test_hostile_text_comes_back_whole(byte_tokenizer):
 @pytest.mark.parametrize("size", [1, 2, 5, 8])
 def test_short_contexts_do_not_cut_characters(byte_tokenizer, size):
     ids = byte_tokenizer(HOSTILE, add_special_tokens=False)["input_ids"]
-    passages = Passages(torch.tensor([[0, *ids]]), byte_tokenizer, context_tokens=size)
+    passages = passages_of(torch.tensor([[0, *ids]]), byte_tokenizer, size)
     for at in range(1, len(ids) + 1):
         passage = passages(at)
         text = passage.before + passage.token + passage.after
@@ -161,17 +165,17 @@ def test_pieces_joined_are_what_the_tokenizer_decodes(byte_tokenizer, size):
         byte_tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("one, two  3", "naïve 日本")
     ]
     tokens = torch.tensor([[0, *row[:5], 0, *row[5:10]] for row in rows])
-    fast, slow = (Passages(tokens, byte_tokenizer, context_tokens=size) for _ in range(2))
-    slow._sequence = lambda ids: contexts_module._Sequence(ids, None)
+    fast, slow = (passages_of(tokens, byte_tokenizer, size) for _ in range(2))
+    slow._sequence = lambda ids: contexts_module._Sequence(ids, "", None)
     for place in range(tokens.numel()):
         assert fast(place) == slow(place)
-    assert fast._sequences[0].pieces is not None
-    assert fast._sequences[1].pieces is None  # its bytes are no text one by one
+    assert fast._sequences[0].ends is not None
+    assert fast._sequences[1].ends is None  # its bytes are no text one by one
 
 
 def test_a_character_cut_by_the_end_of_the_sequence(byte_tokenizer):
     ids = byte_tokenizer("ab😀", add_special_tokens=False)["input_ids"]
-    passages = Passages(torch.tensor([[0, *ids[:4]]]), byte_tokenizer, context_tokens=64)
+    passages = passages_of(torch.tensor([[0, *ids[:4]]]), byte_tokenizer, 64)
     for at in (3, 4):
         assert passages(at).before == "ab" and passages(at).token == "�"
 
@@ -180,7 +184,7 @@ def test_documents(byte_tokenizer):
     text = {c: byte_tokenizer(c)["input_ids"][-1] for c in "abcdef"}
     a, b, c, d, e, f = text.values()
     tokens = torch.tensor([[0, a, b, 0], [c, d, 0, e], [0, f, a, b]])
-    passages = Passages(tokens, byte_tokenizer, context_tokens=64)
+    passages = passages_of(tokens, byte_tokenizer, 64)
     seen = {
         (place // 4, place % 4): (p.document, p.document_position, p.before + "|" + p.token + "|" + p.after)
         for place in range(12)
@@ -197,7 +201,7 @@ def test_documents(byte_tokenizer):
         (2, 2): (3, 2, "f|a|b"),
         (2, 3): (3, 3, "fa|b|"),
     }
-    without = Passages(torch.tensor([[a, b], [c, d]]), byte_tokenizer, context_tokens=64)
+    without = passages_of(torch.tensor([[a, b], [c, d]]), byte_tokenizer, 64)
     assert [(without(i).document, without(i).document_position) for i in range(4)] == [
         (0, 0),
         (0, 1),
@@ -206,10 +210,24 @@ def test_documents(byte_tokenizer):
     ]
 
 
+def test_a_text_that_begins_inside_a_document(byte_tokenizer):
+    a, b, c = (byte_tokenizer(letter)["input_ids"][-1] for letter in "abc")
+    passages = passages_of(torch.tensor([[a, b, 0], [0, c, b]]), byte_tokenizer, 64)
+    seen = [(p.document, p.document_position, p.before, p.token, p.after) for p in map(passages, range(6))]
+    assert seen == [
+        (0, 0, "", "a", "b"),  # no BOS: the first token is text
+        (0, 1, "a", "b", ""),
+        (1, 0, "", "<s>", ""),
+        (2, 0, "", "<s>", "cb"),
+        (2, 1, "", "c", "b"),
+        (2, 2, "c", "b", ""),
+    ]
+
+
 def test_token_classes(tiny_proxy):
     tokenizer = tiny_proxy.tokenizer
     ids = [tokenizer.convert_tokens_to_ids(piece) for piece in ("T", "t", "Ġt", "Ġ", "Ċ", "!")]
     assert None not in ids
-    classes = TextClasses(torch.tensor([ids]), tokenizer)
+    classes = TextClasses(token_texts(torch.tensor([ids]), tokenizer))
     numbers = classes(torch.tensor(ids))
     assert [classes.names[i] for i in numbers] == ["t", "t", "t", "", "", "!"]

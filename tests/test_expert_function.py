@@ -75,16 +75,17 @@ def run(
     scaling=st.sampled_from(["none", "mean", "identity", "learned"]),
     renormalized=st.booleans(),
     relu=st.booleans(),
-    weight_by_norm=st.booleans(),
+    weighted=st.booleans(),
     subtract_b_dec=st.booleans(),
 )
 def test_equals_the_dense_form(
-    n, d_in, n_experts, width, data, scaling, renormalized, relu, weight_by_norm, subtract_b_dec
+    n, d_in, n_experts, width, data, scaling, renormalized, relu, weighted, subtract_b_dec
 ):
     active = data.draw(st.integers(1, n_experts))
     k = data.draw(st.integers(1, active * width))
     given = tensors(n, d_in, n_experts, width, data.draw(st.integers(0, 10_000)))
-    options = {"relu": relu, "weight_by_norm": weight_by_norm, "subtract_b_dec": subtract_b_dec}
+    norm = given["W_dec"].norm(dim=-1) if weighted else None
+    options = {"relu": relu, "norm": norm, "subtract_b_dec": subtract_b_dec}
     dead = sorted(data.draw(st.sets(st.integers(0, n_experts * width - 1))))
     if dead:
         options |= {"dead": torch.tensor(dead), "k_dead": data.draw(st.integers(1, len(dead)))}
@@ -167,8 +168,9 @@ def test_all_experts_with_weight_one_are_topk(n_experts: int):
     choice = choose_experts(t["x"], t["W_expert"], t["b_expert"], n_experts)
     choice = choice._replace(weights=torch.ones_like(choice.weights))
     dead = {"dead": torch.tensor([0, 3, 7]), "k_dead": 2}
-    ours = expert_autoencode(*weights, choice, 4, weight_by_norm=True, **dead)
-    theirs = topk_autoencode_dense(*weights, 4, weight_by_norm=True, **dead)
+    norm = t["W_dec"].norm(dim=-1)
+    ours = expert_autoencode(*weights, choice, 4, norm=norm, **dead)
+    theirs = topk_autoencode_dense(*weights, 4, norm=norm, **dead)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -192,7 +194,7 @@ def test_encoding_without_gradients(scaled: bool, relu: bool):
     norm = t["W_dec"].norm(dim=-1)
     code = expert_encode(t["x"], t["W_enc"], t["b_enc"], choice, 3, scale=scale, relu=relu, norm=norm)
     dense = expert_autoencode_dense(
-        t["x"], t["W_enc"], t["b_enc"], t["W_dec"], t["b_dec"], choice, 3, scale=scale, relu=relu, weight_by_norm=True
+        t["x"], t["W_enc"], t["b_enc"], t["W_dec"], t["b_dec"], choice, 3, scale=scale, relu=relu, norm=norm
     )  # fmt: skip
     assert torch.equal(code.indices, dense.indices) and (relu or (code.values < 0).any())
     torch.testing.assert_close(code.values, dense.values)

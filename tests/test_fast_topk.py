@@ -21,14 +21,8 @@ from routesae_lens.saes.architectures import RouteTopKTrainingSAE, RouteTopKTrai
 from routesae_lens.saes.crosscoder import CrosscoderTopKTrainingSAE, CrosscoderTopKTrainingSAEConfig
 from routesae_lens.saes.fast_topk import FastTopK, decode_topk, encode_topk, is_fast
 from routesae_lens.saes.forms import inference_form
-from routesae_lens.saes.topk_function import (
-    GROUP,
-    _at_gathered,
-    at,
-    largest,
-    topk_autoencode,
-    topk_autoencode_dense,
-)
+from routesae_lens.saes.sparse_products import ByLatent, _at_gathered, at
+from routesae_lens.saes.topk_function import GROUP, largest, topk_autoencode, topk_autoencode_dense
 from routesae_lens.splice.layer_view import layer_view
 
 
@@ -38,6 +32,10 @@ def parameters(d_in, d_sae, seed, dtype=torch.float64):
     return [torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
 
 
+def norms(d_sae):
+    return 0.5 + torch.rand(d_sae, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(1, 9),
@@ -45,13 +43,13 @@ def parameters(d_in, d_sae, seed, dtype=torch.float64):
     d_sae=st.integers(1, 13),
     data=st.data(),
     relu=st.booleans(),
-    weight_by_norm=st.booleans(),
+    weighted=st.booleans(),
     subtract_b_dec=st.booleans(),
 )
-def test_equals_the_dense_form(n, d_in, d_sae, data, relu, weight_by_norm, subtract_b_dec):
+def test_equals_the_dense_form(n, d_in, d_sae, data, relu, weighted, subtract_b_dec):
     k = data.draw(st.integers(1, d_sae))
     seed = data.draw(st.integers(0, 10_000))
-    options = {"relu": relu, "weight_by_norm": weight_by_norm, "subtract_b_dec": subtract_b_dec}
+    options = {"relu": relu, "norm": norms(d_sae) if weighted else None, "subtract_b_dec": subtract_b_dec}
     dead = sorted(data.draw(st.sets(st.integers(0, d_sae - 1))))
     if dead:
         options |= {"dead": torch.tensor(dead), "k_dead": data.draw(st.integers(1, len(dead)))}
@@ -77,11 +75,11 @@ def test_equals_the_dense_form(n, d_in, d_sae, data, relu, weight_by_norm, subtr
 
 
 @pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize("weight_by_norm", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("subtract_b_dec", [True, False])
 @pytest.mark.parametrize("dead", [None, [0, 3, 7]])
-def test_the_gradient_of_a_scale_equals_the_one_through_the_input(relu, weight_by_norm, subtract_b_dec, dead):
-    options = {"relu": relu, "weight_by_norm": weight_by_norm, "subtract_b_dec": subtract_b_dec}
+def test_the_gradient_of_a_scale_equals_the_one_through_the_input(relu, weighted, subtract_b_dec, dead):
+    options = {"relu": relu, "norm": norms(12) if weighted else None, "subtract_b_dec": subtract_b_dec}
     options |= {"dead": torch.tensor(dead), "k_dead": 2} if dead else {}
     constant = torch.randn(6, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     results = []
@@ -115,6 +113,19 @@ def test_wide_rows_are_searched_in_groups(ties):
     found = largest(pre, 10)
     assert all(len(set(row)) == 10 for row in found.tolist())
     assert torch.equal(pre.gather(1, found).sort(descending=True).values, pre.topk(10).values)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("d", [256, 300])  # (rows a power of two apart are laid out anew)
+def test_products_by_latent_in_parts(d, transposed):
+    d_sae, generator = 2**18 // d * 2 + 7, torch.Generator().manual_seed(0)
+    x, weights = (torch.randn(9, n, generator=generator, dtype=torch.float64) for n in (d, 6))
+    indices = torch.rand(9, d_sae, generator=generator).topk(6).indices.sort().values
+    indices[:, -1] = d_sae - 1
+    expected = torch.zeros(9, d_sae, dtype=torch.float64).scatter(1, indices, weights).T @ x
+    product = ByLatent(indices, d_sae).product(weights, x, transposed=transposed)
+    torch.testing.assert_close(product, expected.T if transposed else expected)
+    assert product.is_contiguous()
 
 
 def test_the_sampled_product_by_gathering():

@@ -128,7 +128,7 @@ def test_the_sparse_function_takes_an_output_of_another_width():
     tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     for function in (topk_autoencode, topk_autoencode_dense):
         own = [tensor.clone().requires_grad_() for tensor in tensors]
-        code = function(*own, K, weight_by_norm=True, dead=dead, k_dead=2)
+        code = function(*own, K, norm=tensors[3].norm(dim=-1), dead=dead, k_dead=2)
         loss = code.out.sin().sum() + code.dead_out.cos().sum()
         results.append([code.out, code.dead_out, *torch.autograd.grad(loss, own)])
     for one, other in zip(*results, strict=True):

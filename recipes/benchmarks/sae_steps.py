@@ -17,6 +17,7 @@ from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor, nn
 
 import routesae_lens as rl
+from routesae_lens.saes import recycled
 
 
 class Size(NamedTuple):
@@ -50,6 +51,8 @@ class Step:
         On a CPU it is counted from what torch's allocator reports to its profiler: scratch memory of the
         matrix library is not in it. The step must have run once, so that the optimiser has its moments.
         """
+        recycled.forget()
+        self.run()  # what is kept for later gradients now is its own
         moments = [
             value
             for state in self.optimizer.state.values()
@@ -65,7 +68,7 @@ class Step:
             self.run()
             torch.cuda.synchronize()
             return at_rest + torch.cuda.max_memory_allocated() - before
-        return at_rest + _profiled_peak(self.run)
+        return at_rest + recycled.kept_bytes() + _profiled_peak(self.run)
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from routesae_lens.analysis.token_sets import Where, chosen_tokens, read_token_set
 from routesae_lens.saes.fast_topk import Latents
-from routesae_lens.saes.topk_function import TopKCode
+from routesae_lens.saes.sparse_products import TopKCode
 
 ALL_PAIRS_UP_TO = 4096
 """Tokens up to which the distribution is over all pairs (8.4 million of them) unless a sample is asked for."""

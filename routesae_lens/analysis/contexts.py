@@ -7,9 +7,10 @@ a min-heap for each class; here all activations of many batches are sorted at on
 
 from __future__ import annotations
 
-import functools
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -74,7 +75,10 @@ class TopContexts:
         return sum(len(part.feature) for part in rows if part is not None)
 
     def add(self, rows: ContextRows) -> None:
-        """Take in contexts of later tokens than before; those below the floor should be left out already."""
+        """Take in contexts, token after token and all of later tokens than before.
+
+        Those below the floor should be left out already.
+        """
         self._pending.append(rows)
         kept = 0 if self._kept is None else len(self._kept.feature)
         if self.held - kept > max(PENDING_ROWS, kept):
@@ -86,19 +90,20 @@ class TopContexts:
             return self._kept
         parts = [self._kept, *self._pending] if self._kept is not None else self._pending
         rows = ContextRows(*map(torch.cat, zip(*parts, strict=True)))
-        order = rows.token.argsort(stable=True)
-        order = order[rows.strength[order].argsort(descending=True, stable=True)]
+        # Of one feature, what is kept comes strongest first and then by token, and what is new by token: equally
+        # strong contexts stay in the order of their tokens.
+        order = rows.strength.argsort(descending=True, stable=True)
         pair = (rows.feature * self.n_classes + rows.token_class)[order]
         order = order[first_of_group(pair, self.per_class)]
         order = order[rows.feature[order].argsort(stable=True)]
-        rows = rows.take(order)
         if self.per_feature is not None:
-            rank = rank_in_group(rows.feature)
-            rows, rank = rows.take(rank < self.per_feature), rank[rank < self.per_feature]
-            full = rank == self.per_feature - 1
+            rank = rank_in_group(rows.feature[order])
+            last = order[rank == self.per_feature - 1]
             self.floor = self.floor.to(rows.strength.device)
             # An equally strong context of a later token would come after it: it must be exceeded as well.
-            self.floor[rows.feature[full]] = rows.strength[full]
+            self.floor[rows.feature[last]] = rows.strength[last]
+            order = order[rank < self.per_feature]
+        rows = rows.take(order)
         self._kept, self._pending = rows, []
         return rows
 
@@ -119,19 +124,23 @@ def rank_in_group(key: Tensor) -> Tensor:
     return place - torch.where(first, place, 0).cummax(0).values
 
 
+def token_texts(tokens: Int[Tensor, "*batch"], tokenizer: Any) -> dict[int, str]:
+    """The text of each token id that occurs, decoded on its own."""
+    return {token_id: _decode(tokenizer, [token_id]) for token_id in tokens.unique().tolist()}
+
+
 class TextClasses:
-    """The class of every token: its decoded text, stripped and in lower case (the authors' rule).
+    """The class of every token: its text (of :func:`token_texts`), stripped and in lower case (the authors' rule).
 
     White space alone is the class "", and tokens that hold a part of a character are together the class "�".
     """
 
-    def __init__(self, tokens: Int[Tensor, "sequence pos"], tokenizer: Any):
-        ids = tokens.unique().cpu()
-        classes = [_decode(tokenizer, [i]).strip().lower() for i in ids.tolist()]
+    def __init__(self, texts: Mapping[int, str]):
+        classes = [text.strip().lower() for text in texts.values()]
         self.names = sorted(set(classes))
         number = {name: i for i, name in enumerate(self.names)}
-        self.table = torch.zeros(int(ids.max()) + 1, dtype=torch.long)
-        self.table[ids] = torch.tensor([number[name] for name in classes])
+        self.table = torch.zeros(max(texts) + 1, dtype=torch.long)
+        self.table[list(texts)] = torch.tensor([number[name] for name in classes])
 
     def __call__(self, tokens: Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
         self.table = self.table.to(tokens.device)
@@ -156,30 +165,40 @@ class Passage:
 
 class _Sequence(NamedTuple):
     ids: list[int]
-    pieces: list[str] | None
-    """The text of each token, where together they are the text of the sequence: no token holds a part of a character,
-    and none depends on its neighbours. Asking the tokenizer for every passage takes ten times as long."""
+    text: str
+    ends: list[int] | None
+    """Where in the text each token ends (before them a 0), if the texts of the tokens are together that of the
+    sequence: no token holds a part of a character, and none depends on its neighbours. Asking the tokenizer for
+    every passage takes ten times as long."""
 
 
 class Passages:
     """Text around tokens: up to ``context_tokens`` tokens, half of them before, never past the document.
 
-    At most three tokens more where the first or last one holds only a part of a character.
+    At most three tokens more where the first or last one holds only a part of a character. ``texts`` are those of
+    :func:`token_texts`.
     """
 
-    def __init__(self, tokens: Int[Tensor, "sequence pos"], tokenizer: Any, context_tokens: int):
-        self.tokens, self.tokenizer = tokens.cpu(), tokenizer
+    def __init__(
+        self,
+        tokens: Int[Tensor, "sequence pos"],
+        tokenizer: Any,
+        texts: Mapping[int, str],
+        context_tokens: int,
+    ):
+        self.tokens, self.tokenizer, self.texts = tokens.cpu(), tokenizer, texts
+        self.length = tokens.shape[1]
         self.n_before = context_tokens // 2
         self.n_after = context_tokens - 1 - self.n_before
         bos = tokenizer.bos_token_id
-        starts = (self.tokens.flatten() == (-1 if bos is None else bos)).nonzero().flatten().tolist()
-        self.has_bos = bool(starts)
-        if not self.has_bos:
-            starts = list(range(0, self.tokens.numel(), self.tokens.shape[1]))
-        self.starts: list[int] = starts if starts[0] == 0 else [0, *starts]
+        is_bos = self.tokens == (-1 if bos is None else bos)
+        begins = is_bos.clone()
+        begins[0 if is_bos.any() else slice(None), 0] = True
+        self.starts: list[int] = begins.flatten().nonzero().flatten().tolist()
+        self.ends = [*self.starts[1:], tokens.numel()]
+        self.begins_with_bos: list[bool] = is_bos[begins].tolist()
         self._known: dict[int, Passage] = {}
         self._sequences: dict[int, _Sequence] = {}
-        self._piece = functools.cache(lambda token_id: _decode(tokenizer, [token_id]))
 
     def __call__(self, token: int) -> Passage:
         """The passage around the token at this place of the flattened tokens."""
@@ -188,29 +207,29 @@ class Passages:
         return self._known[token]
 
     def _read(self, token: int) -> Passage:
-        number, position = divmod(token, self.tokens.shape[1])
+        number, position = divmod(token, self.length)
         if number not in self._sequences:
             self._sequences[number] = self._sequence(self.tokens[number].tolist())
-        sequence = self._sequences[number]
+        ids, text, ends = self._sequences[number]
         offset = token - position
         document = bisect_right(self.starts, token) - 1
         start = self.starts[document]
-        end = self.starts[document + 1] if document + 1 < len(self.starts) else self.tokens.numel()
         # A BOS begins the document and is no part of its text, unless it is the activated token itself.
-        is_bos = int(self.tokens[divmod(start, self.tokens.shape[1])]) == self.tokenizer.bos_token_id
-        first = max(0, start - offset + (is_bos and token != start))
-        last = min(self.tokens.shape[1], end - offset)
-        if sequence.pieces is None:
-            text = self._split(sequence.ids[first:last], position - first)
+        first = max(0, start - offset + (self.begins_with_bos[document] and token != start))
+        last = min(self.length, self.ends[document] - offset)
+        if ends is None:
+            parts = self._split(ids[first:last], position - first)
         else:
             low, high = max(first, position - self.n_before), min(last, position + 1 + self.n_after)
-            before, after = sequence.pieces[low:position], sequence.pieces[position + 1 : high]
-            text = "".join(before), sequence.pieces[position], "".join(after)
-        return Passage(*text, document, token - start)
+            begin, end = ends[position], ends[position + 1]
+            parts = text[ends[low] : begin], text[begin:end], text[end : ends[high]]
+        return Passage(*parts, document, token - start)
 
     def _sequence(self, ids: list[int]) -> _Sequence:
-        pieces = [self._piece(token_id) for token_id in ids]
-        return _Sequence(ids, pieces if "".join(pieces) == _decode(self.tokenizer, ids) else None)
+        pieces = [self.texts[token_id] for token_id in ids]
+        text = _decode(self.tokenizer, ids)
+        ends = [0, *accumulate(map(len, pieces))] if "".join(pieces) == text else None
+        return _Sequence(ids, text, ends)
 
     def _split(self, ids: list[int], at: int) -> tuple[str, str, str]:
         low, high = max(0, at - self.n_before), min(len(ids), at + 1 + self.n_after)

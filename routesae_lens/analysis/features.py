@@ -8,7 +8,8 @@ above a low threshold (``collect_above``) answers for every higher one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from routesae_lens.analysis.contexts import (
     TopContexts,
     first_of_group,
     rank_in_group,
+    token_texts,
 )
 from routesae_lens.analysis.feature_set import BlockActivity, Context, Feature, FeatureRule, FeatureSet
 from routesae_lens.analysis.stream import read_batches, subjects_of
@@ -118,14 +120,15 @@ def collect_features(
         exclude_first_position=exclude_first_position,
         progress="features" if progress else None,
     )
-    classes = TextClasses(tokens, tokenizer)
+    texts = token_texts(tokens, tokenizer)
+    classes = TextClasses(texts)
     collections = {name: _Collection(name, subject, rule, classes) for name, subject in subjects.items()}
     for batch in batches:
         place = batch.start * tokens.shape[1] + torch.arange(batch.tokens.numel(), device=batch.keep.device)
         for collection in collections.values():
             reading = batch.read(collection.subject)
             collection.add(reading, batch.keep, batch.tokens[batch.keep], place[batch.keep.flatten()])
-    passages = Passages(tokens, tokenizer, context_tokens)
+    passages = Passages(tokens, tokenizer, texts, context_tokens)
     return {name: collection.result(passages, progress) for name, collection in collections.items()}
 
 
@@ -204,42 +207,35 @@ class _Collection:
 
     def result(self, passages: Passages, progress: bool) -> FeatureSet:
         rule, d_sae = self.rule, self.d_sae
-        blocks = {} if self.every_layer else dict(enumerate(self.subject.layers))
         frequency = self.active.view(-1, d_sae).sum(0).double() / self.tokens
         largest = self.max.cpu()
         rows = self.contexts.rows()
         rows = None if rows is None else ContextRows(*(column.cpu() for column in rows))
         retained_below, crowded_below = _limits(rows, rule, d_sae, len(self.classes.names))
-        sae: Any = self.subject.sae
-        norms: dict[int, Tensor] = {}
-        if hasattr(sae, "decoder_norms"):
-            norms = dict(zip(self.subject.layers, sae.decoder_norms().cpu(), strict=True))
         candidates = []
         if rows is not None:
-            shown = rows.take(rows.strength > rule.threshold)
-            if rule.max_contexts is not None:
-                shown = shown.take(rank_in_group(shown.feature) < rule.max_contexts)
-            sizes = shown.feature.bincount(minlength=d_sae)
-            ends = sizes.cumsum(0).tolist()
-            chosen = (retained_below > rule.threshold).nonzero().flatten().tolist()
-            for latent in tqdm(chosen, desc=f"contexts {self.name}", unit="feature", disable=not progress):
-                mine = slice(ends[latent] - int(sizes[latent]), ends[latent])
-                candidates.append(
-                    Feature(
-                        latent,
-                        self._contexts(ContextRows(*(column[mine] for column in shown)), passages, blocks),
-                        frequency[latent].item(),
-                        largest[latent].item(),
-                        {block: self._activity(i, latent) for i, block in blocks.items()},
-                        {block: norm[latent].item() for block, norm in norms.items()},
-                    )
-                )
-        layer_tokens = {block: int(self.layer_tokens[i]) for i, block in blocks.items()}
+            above = (rows.strength > rule.threshold) & (retained_below > rule.threshold)[rows.feature]
+            if rule.max_contexts is not None:  # (the strongest come first)
+                above &= rank_in_group(rows.feature) < rule.max_contexts
+            shown = rows.take(above)
+            latents, sizes = shown.feature.unique_consecutive(return_counts=True)
+            contexts = self._contexts(shown, passages)
+            of_each = zip(
+                latents.tolist(),
+                (list(islice(contexts, size)) for size in sizes.tolist()),
+                frequency[latents].tolist(),
+                largest[latents].tolist(),
+                self._activity(latents),
+                self._decoder_norms(latents),
+                strict=True,
+            )
+            bar = tqdm(of_each, f"contexts {self.name}", len(latents), unit="feature", disable=not progress)
+            candidates = [Feature(*feature) for feature in bar]
         return FeatureSet(
             self.name,
             rule,
             self.tokens,
-            layer_tokens,
+            dict(zip(self.blocks, self.layer_tokens.tolist(), strict=False)),
             frequency,
             largest,
             retained_below,
@@ -247,31 +243,51 @@ class _Collection:
             candidates,
         )
 
-    def _activity(self, layer: int, latent: int) -> BlockActivity:
-        cell = layer * self.d_sae + latent
-        active = int(self.active[cell])
-        return BlockActivity(active, int(self.above[cell]), self.sum[cell].item() / max(active, 1))
+    @property
+    def blocks(self) -> list[int]:
+        """Blocks that tokens are routed to; none for an SAE that reads several at once."""
+        return [] if self.every_layer else self.subject.layers
 
-    def _contexts(self, rows: ContextRows, passages: Passages, blocks: dict[int, int]) -> list[Context]:
-        contexts = []
-        for _, token_class, strength, activation, token, layer, p in zip(
-            *(column.tolist() for column in rows), strict=True
+    def _activity(self, latents: Tensor) -> list[dict[int, BlockActivity]]:
+        active, above, total = (
+            cells.view(-1, self.d_sae)[:, latents].T for cells in (self.active, self.above, self.sum)
+        )
+        columns = (active, above, total / active.clamp(min=1))
+        return [
+            dict(zip(self.blocks, map(BlockActivity, *counts), strict=False))
+            for counts in zip(*(column.tolist() for column in columns), strict=True)
+        ]
+
+    def _decoder_norms(self, latents: Tensor) -> list[dict[int, float]]:
+        sae: Any = self.subject.sae
+        if not hasattr(sae, "decoder_norms"):
+            return [{} for _ in range(len(latents))]
+        norms = sae.decoder_norms().cpu()[:, latents].T
+        return [dict(zip(self.subject.layers, column, strict=True)) for column in norms.tolist()]
+
+    def _contexts(self, rows: ContextRows, passages: Passages) -> Iterator[Context]:
+        token_ids = passages.tokens.flatten()[rows.token]
+        blocks = dict(enumerate(self.blocks))
+        for _, token_class, strength, activation, token, layer, p, token_id in zip(
+            *(column.tolist() for column in (*rows, token_ids)), strict=True
         ):
-            sequence, position = divmod(token, passages.tokens.shape[1])
-            contexts.append(
-                Context(
-                    **vars(passages(token)),
-                    token_class=self.classes.names[token_class],
-                    token_id=int(passages.tokens[sequence, position]),
-                    activation=activation,
-                    strength=strength,
-                    block=blocks.get(layer),
-                    p=None if math.isnan(p) else p,
-                    sequence=sequence,
-                    position=position,
-                )
+            sequence, position = divmod(token, passages.length)
+            passage = passages(token)
+            yield Context(
+                passage.before,
+                passage.token,
+                passage.after,
+                passage.document,
+                passage.document_position,
+                token_class=self.classes.names[token_class],
+                token_id=token_id,
+                activation=activation,
+                strength=strength,
+                block=blocks.get(layer),
+                p=None if math.isnan(p) else p,
+                sequence=sequence,
+                position=position,
             )
-        return contexts
 
 
 def _limits(rows: ContextRows | None, rule: FeatureRule, d_sae: int, n_classes: int) -> tuple[Tensor, Tensor]:

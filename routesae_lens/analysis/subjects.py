@@ -27,7 +27,7 @@ from routesae_lens.saes.forms import inference_form
 from routesae_lens.saes.layers import standardize
 from routesae_lens.saes.route_sae import RouteSAE
 from routesae_lens.saes.router import Route
-from routesae_lens.saes.topk_function import TopKCode
+from routesae_lens.saes.sparse_products import TopKCode
 from routesae_lens.splice.replace import (
     Hook,
     check_device,

@@ -17,7 +17,7 @@ from routesae_lens.analysis.stream import check_tokens, kept_tokens, read_batche
 from routesae_lens.analysis.subjects import Reading, Subject
 from routesae_lens.analysis.token_classes import texts_in_context
 from routesae_lens.saes.fast_topk import Latents
-from routesae_lens.saes.topk_function import TopKCode
+from routesae_lens.saes.sparse_products import TopKCode
 
 Where = Bool[Tensor, "sequence pos"] | Callable[[str], bool] | Collection[str]
 """Which tokens: a mask, a rule for the text of a token (with the space before it), or a list of words."""

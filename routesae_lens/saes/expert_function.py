@@ -2,7 +2,7 @@
 
 Latents of expert i are the block ``[i w : (i + 1) w]`` of ``d_sae = N w``. Encoding multiplies each expert's block with
 the tokens that selected it, so that its cost is e / N of the dense product's; decoding and all gradients of encoder and
-decoder touch k latents per token, with the products of ``topk_function.py``. Everything small, routing weights, scaling
+decoder touch k latents per token (``sparse_products.py``). Everything small, routing weights, scaling
 and biases of the chosen latents, is plain torch with its own gradients. :func:`expert_autoencode_dense` is the same
 with all experts computed and those that were not selected masked, for tests.
 
@@ -19,18 +19,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from routesae_lens.saes.topk_function import (
-    ROWS_AT_ONCE,
-    ByLatent,
-    TopKCode,
-    TopKOutput,
-    at,
-    autocast_dtype,
-    decode,
-    largest,
-    product,
-    slices,
-)
+from routesae_lens.saes.sparse_products import ByLatent, TopKCode, at, decode, slices
+from routesae_lens.saes.topk_function import ROWS_AT_ONCE, TopKOutput, autocast_dtype, largest, product
 
 
 class ExpertChoice(NamedTuple):
@@ -112,7 +102,7 @@ def expert_autoencode(
     *,
     scale: Float[Tensor, " expert"] | None = None,
     relu: bool = True,
-    weight_by_norm: bool = False,
+    norm: Float[Tensor, " d_sae"] | None = None,
     subtract_b_dec: bool = False,
     dead: Int[Tensor, " dead"] | None = None,
     k_dead: int = 0,
@@ -129,13 +119,12 @@ def expert_autoencode(
         k: latents kept per token, at most those of the selected experts.
         scale: omega of each expert on the deviation from its mean row (Eq. 2.5). Other low-pass parts:
             :func:`scaled_encoder` beforehand.
-        relu, weight_by_norm, subtract_b_dec: as for ``topk_autoencode``.
+        relu, norm, subtract_b_dec: as for ``topk_autoencode``.
         dead: latents to be revived: ``dead_out`` is made of the ``k_dead`` largest of them (weighted), negative ones
             included; those of experts that were not selected count as 0.
         k_dead: at most ``len(dead)``.
     """
     centered = x - b_dec if subtract_b_dec else x
-    norm = W_dec.detach().norm(dim=-1) if weight_by_norm else None
     scaling = None if scale is None else _Scaling.of(centered, W_enc, scale)
     picked = _pick(centered, W_enc, b_enc, norm, choice, scaling, k, dead, k_dead)
     by_latent = ByLatent(picked.indices, len(b_enc))
@@ -163,7 +152,7 @@ def expert_autoencode_dense(
     *,
     scale: Float[Tensor, " expert"] | None = None,
     relu: bool = True,
-    weight_by_norm: bool = False,
+    norm: Float[Tensor, " d_sae"] | None = None,
     subtract_b_dec: bool = False,
     dead: Int[Tensor, " dead"] | None = None,
     k_dead: int = 0,
@@ -171,8 +160,8 @@ def expert_autoencode_dense(
     """:func:`expert_autoencode` in plain dense torch."""
     encoder = W_enc if scale is None else scaled_encoder(W_enc, scale)
     pre = (x - b_dec if subtract_b_dec else x) @ encoder + b_enc
-    norm = W_dec.detach().norm(dim=-1) if weight_by_norm else torch.ones_like(b_enc)
-    order = (pre.detach() * norm).masked_fill(~selected_latents(choice, len(b_enc)), -torch.inf)
+    weighting = torch.ones_like(b_enc) if norm is None else norm
+    order = (pre.detach() * weighting).masked_fill(~selected_latents(choice, len(b_enc)), -torch.inf)
     indices = order.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
     weighted = pre * latent_weights(choice, len(b_enc))
     values = weighted.gather(-1, indices)
@@ -182,7 +171,7 @@ def expert_autoencode_dense(
     dead_out = None
     if dead is not None:
         alive = torch.ones_like(b_enc, dtype=torch.bool).index_fill(0, dead, False)
-        order = (weighted.detach() * norm).masked_fill(alive, -torch.inf)
+        order = (weighted.detach() * weighting).masked_fill(alive, -torch.inf)
         revived = order.topk(k_dead, dim=-1).indices
         dead_out = torch.zeros_like(pre).scatter(-1, revived, weighted.gather(-1, revived)) @ W_dec
     return TopKOutput(out, values.detach(), indices, dead_out)

@@ -26,7 +26,8 @@ from routesae_lens.saes.expert_function import (
     selected_latents,
 )
 from routesae_lens.saes.fast_topk import FastTopK, OwnSparseCode, encode_fast, has_relu, latents_kept
-from routesae_lens.saes.topk_function import TopKCode, TopKOutput
+from routesae_lens.saes.sparse_products import TopKCode
+from routesae_lens.saes.topk_function import TopKOutput
 
 ExpertWeights = Literal["softmax", "renormalized"]
 FeatureScaling = Literal["none", "mean", "identity", "learned"]
@@ -288,7 +289,9 @@ class ExpertTraining(Experts, FastTopK):
     ) -> tuple[Float[Tensor, "*batch d_sae"], Float[Tensor, "*batch d_sae"]]:
         return self._encode_dense(x)
 
-    def _autoencode(self, x: Tensor, dead: Tensor | None, scale: Tensor | None) -> TopKOutput:
+    def _autoencode(
+        self, x: Tensor, dead: Tensor | None, scale: Tensor | None, norm: Tensor | None
+    ) -> TopKOutput:
         # (``scale`` is of no use here: experts are chosen by x, whose gradient is needed whole)
         W_enc, omega = self._encoder()
         return expert_autoencode(
@@ -301,7 +304,7 @@ class ExpertTraining(Experts, FastTopK):
             latents_kept(self),
             scale=omega,
             relu=has_relu(self),
-            weight_by_norm=self.cfg.rescale_acts_by_decoder_norm,
+            norm=norm,
             subtract_b_dec=self.cfg.apply_b_dec_to_input,
             dead=dead,
             k_dead=0 if dead is None else min(self._most_revived, len(dead)),

@@ -19,13 +19,8 @@ from sae_lens.saes.topk_sae import TopK
 from torch import Tensor
 
 from routesae_lens.saes.signed_topk import SignedTopK
-from routesae_lens.saes.topk_function import (
-    TopKCode,
-    TopKOutput,
-    topk_autoencode,
-    topk_decode,
-    topk_encode,
-)
+from routesae_lens.saes.sparse_products import TopKCode
+from routesae_lens.saes.topk_function import TopKOutput, topk_autoencode, topk_decode, topk_encode
 
 DEVICES = ("cpu", "cuda")
 FEW = 1 / 4
@@ -165,14 +160,15 @@ class FastTopK(TrainingSAE[Any]):
             dead = step_input.dead_neuron_mask.nonzero().flatten()
             dead = dead if len(dead) else None
         scale = getattr(step_input, "scale", None)
-        code = self._autoencode(x, dead, None if scale is None else scale.flatten())
-        mse_loss = self.mse_loss_fn(code.out, x).sum(dim=-1).mean()
-        losses = {"mse_loss": mse_loss}
+        scale = None if scale is None else scale.flatten()
+        norm = _norm(self)
+        code = self._autoencode(x, dead, scale, norm)
+        losses = {"mse_loss": self._mean_error(code.out, x, scale)}
         if self.cfg.aux_loss_coefficient:
             losses["auxiliary_reconstruction_loss"] = self._revival_loss(x, code, dead)
         values = code.values
-        if self.cfg.rescale_acts_by_decoder_norm:  # SAELens measures latents in units of the decoder norm
-            values = values * self.W_dec.detach().norm(dim=-1)[code.indices]
+        if norm is not None:  # SAELens measures latents in units of the decoder norm
+            values = values * norm[code.indices]
         token = torch.arange(len(values), device=x.device).repeat_interleave(values.shape[1])
         acts = torch.sparse_coo_tensor(
             torch.stack([token, code.indices.flatten()]),
@@ -190,8 +186,22 @@ class FastTopK(TrainingSAE[Any]):
             losses=losses,
         )
 
+    def _mean_error(
+        self, preds: Float[Tensor, "batch d"], x: Float[Tensor, "batch d"], scale: Tensor | None
+    ) -> Float[Tensor, ""]:
+        """The reconstruction loss; SAEs of a stack have a faster form of theirs.
+
+        Args:
+            scale: says that ``x`` is this factor times constants, as :class:`ScaledStepInput` does.
+        """
+        return self.mse_loss_fn(preds, x).sum(dim=-1).mean()
+
     def _autoencode(
-        self, x: Float[Tensor, "batch d_in"], dead: Tensor | None, scale: Float[Tensor, " batch"] | None
+        self,
+        x: Float[Tensor, "batch d_in"],
+        dead: Tensor | None,
+        scale: Float[Tensor, " batch"] | None,
+        norm: Float[Tensor, " d_sae"] | None,
     ) -> TopKOutput:
         return topk_autoencode(
             x,
@@ -201,7 +211,7 @@ class FastTopK(TrainingSAE[Any]):
             self.b_dec,
             latents_kept(self),
             relu=has_relu(self),
-            weight_by_norm=self.cfg.rescale_acts_by_decoder_norm,
+            norm=norm,
             subtract_b_dec=self.cfg.apply_b_dec_to_input,
             dead=dead,
             k_dead=0 if dead is None else min(self._most_revived, len(dead)),

@@ -24,13 +24,16 @@ class Standardized(NamedTuple):
     """Already with :data:`EPS` added: ``x * std + mean`` is the original."""
 
 
-def standardize(x: Float[Tensor, "*batch d_model"]) -> Standardized:
+def standardize(x: Float[Tensor, "*batch d_model"], *, overwrite: bool = False) -> Standardized:
     """Per token (and layer): subtract the mean, divide by the unbiased standard deviation + 1e-6.
 
     Statistics are computed in at least float32; the result has the dtype of ``x``.
+
+    Args:
+        overwrite: the memory of ``x`` may be used for the result.
     """
     if not (x.requires_grad or torch.compiler.is_compiling()):
-        return _standardize_in_parts(x)
+        return _standardize_in_parts(x, overwrite)
     wide = _wide(x)
     mean = wide.mean(-1, keepdim=True)
     centered = wide - mean
@@ -49,34 +52,38 @@ class _Part(NamedTuple):
 
     rows: slice
     x: Tensor
-    """Overwritten by the next part."""
+    """Overwritten by the next part (unless it was to be written elsewhere)."""
     mean: Tensor
     std: Tensor
 
 
-def _parts(x: Float[Tensor, "row *inner d_model"]) -> Iterator[_Part]:
-    """The rows of ``x`` standardised without gradients, a few at a time in memory that is used again.
+def _parts(x: Float[Tensor, "row *inner d_model"], into: Tensor | None = None) -> Iterator[_Part]:
+    """The rows of ``x`` standardised without gradients, a few at a time, in ``into`` or in memory that is used again.
 
     Memory new to the process costs several times as much as the arithmetic done in it.
     """
     at_once = max(1, NUMBERS_AT_ONCE // max(1, x[:1].numel()))
-    scratch = torch.empty_like(_wide(x[:at_once]))
+    scratch = torch.empty_like(_wide(x[:at_once])) if into is None else None
     for start in range(0, len(x), at_once):
         rows = slice(start, min(start + at_once, len(x)))
         wide = _wide(x[rows])
         mean = wide.mean(-1, keepdim=True)
-        centered = torch.sub(wide, mean, out=scratch[: len(wide)])
+        out = into[rows] if into is not None else scratch[: len(wide)]  # type: ignore[index]
+        centered = torch.sub(wide, mean, out=out)
         std = torch.linalg.vector_norm(centered, dim=-1, keepdim=True) / (x.shape[-1] - 1) ** 0.5 + EPS
         yield _Part(rows, centered.div_(std), mean, std)
 
 
 @torch.no_grad()
-def _standardize_in_parts(x: Tensor) -> Standardized:
+def _standardize_in_parts(x: Tensor, overwrite: bool) -> Standardized:
     flat = x.reshape(-1, x.shape[-1])
-    result = Standardized(torch.empty_like(flat), flat.new_empty(len(flat), 1), flat.new_empty(len(flat), 1))
-    for part in _parts(flat):
-        for to, made in zip(result, (part.x, part.mean, part.std), strict=True):
-            to[part.rows] = made
+    wide = flat.dtype == torch.promote_types(flat.dtype, torch.float32)  # else results must be narrowed
+    made = flat if overwrite and wide else torch.empty_like(flat)
+    result = Standardized(made, flat.new_empty(len(flat), 1), flat.new_empty(len(flat), 1))
+    for part in _parts(flat, made if wide else None):
+        if not wide:
+            made[part.rows] = part.x
+        result.mean[part.rows], result.std[part.rows] = part.mean, part.std
     x_, mean, std = (to.view(*x.shape[:-1], to.shape[-1]) for to in result)
     return Standardized(x_, mean, std)
 
@@ -152,4 +159,4 @@ class Layers:
         index = layer[..., None, None].expand(*layer.shape, 1, self.shape[-1])
         if self._x is not None:
             return self._x.gather(-2, index).squeeze(-2)
-        return standardize(self.raw.gather(-2, index).squeeze(-2)).x
+        return standardize(self.raw.gather(-2, index).squeeze(-2), overwrite=True).x

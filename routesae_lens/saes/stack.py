@@ -23,6 +23,7 @@ from routesae_lens.hook_points import (
     stack_name,
 )
 from routesae_lens.saes.layers import Layers
+from routesae_lens.saes.row_error import SMALLEST, row_error
 
 
 @dataclass(kw_only=True)
@@ -185,7 +186,17 @@ class StackTrainingSAE(StackSAE, TrainingSAE[Any]):
         error = (preds - target).pow(2)
         if self.cfg.loss == "mse":
             return error
-        return error / target.pow(2).sum(-1, keepdim=True).clamp_min(1e-12)
+        return error / target.pow(2).sum(-1, keepdim=True).clamp_min(SMALLEST)
+
+    def _mean_error(
+        self, preds: Float[Tensor, "batch d"], x: Float[Tensor, "batch d"], scale: Tensor | None
+    ) -> Float[Tensor, ""]:
+        if self.mse_loss_fn != self._reconstruction_loss:  # somebody's own
+            return super()._mean_error(preds, x, scale)
+        target = self._target(x)
+        known = scale if target.requires_grad else None
+        target = target if scale is None else target.detach()
+        return row_error(preds, target, known, normalized=self.cfg.loss == "normalized_mse").mean()
 
     def _target(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """What reconstructions are compared with."""

@@ -4,45 +4,24 @@ Encoding needs one dense product; decoding, both weight gradients and the gradie
 ``d_sae`` columns, and reviving dead latents needs the dead ones. :func:`topk_autoencode` computes exactly that;
 :func:`topk_autoencode_dense` is the same in plain torch, for tests. :func:`topk_encode` and :func:`topk_decode`
 are its halves without gradients. Rows are encoded a few hundred at a time, so that pre-activations stay in the
-cache and no (batch, d_sae) matrix is made.
-
-On the CPU all is plain torch. On CUDA the sparse products run through ``topk_triton.py`` where triton is
-installed and agrees with torch on a small example, and through torch otherwise. Neither has been run on a GPU
-yet: the kernels are tested in triton's interpreter, the torch forms for CUDA on the CPU.
+cache and no (batch, d_sae) matrix is made. The sparse products are those of ``sparse_products.py``.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import warnings
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import embedding_bag
 
-with warnings.catch_warnings():  # torch says once per process that sparse CSR tensors are in beta
-    warnings.simplefilter("ignore")
-    torch.sparse_csr_tensor(
-        torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1)
-    )
+from routesae_lens.saes.sparse_products import ByLatent, TopKCode, at, decode, slices
 
 ROWS_AT_ONCE = {"cpu": 256, "cuda": 4096}
 """Rows encoded together: few enough for the cache (CPU) or the memory, many enough for a fast product."""
 GROUP = 16
 """Latents of which only the largest competes at first, see :func:`largest`."""
-
-
-class TopKCode(NamedTuple):
-    """The latents that a TopK SAE keeps of each token."""
-
-    values: Float[Tensor, "batch k"]
-    indices: Int[Tensor, "batch k"]
-    """Ascending in every row."""
 
 
 class TopKOutput(NamedTuple):
@@ -66,7 +45,7 @@ def topk_autoencode(
     k: int,
     *,
     relu: bool = True,
-    weight_by_norm: bool = False,
+    norm: Float[Tensor, " d_sae"] | None = None,
     subtract_b_dec: bool = False,
     dead: Int[Tensor, " dead"] | None = None,
     k_dead: int = 0,
@@ -81,7 +60,7 @@ def topk_autoencode(
         W_enc, b_enc, W_dec, b_dec: as in SAELens. (A transcoder's ``d_out`` may differ from its ``d_in``.)
         k: latents kept per token.
         relu: drop negative ones among them.
-        weight_by_norm: choose by pre-activation times decoder norm (SAELens' ``rescale_acts_by_decoder_norm``).
+        norm: choose by pre-activation times this, the decoder norms (SAELens' ``rescale_acts_by_decoder_norm``).
             The reconstruction of the chosen ones is the same.
         subtract_b_dec: encode ``x - b_dec`` (SAELens' ``apply_b_dec_to_input``).
         dead: latents to be revived: ``dead_out`` is made of the ``k_dead`` largest of them, negative ones
@@ -91,7 +70,6 @@ def topk_autoencode(
             the factor instead, at next to no cost: the product of a constant with an encoder column is known
             from the pre-activation.
     """
-    norm = W_dec.detach().norm(dim=-1) if weight_by_norm else None
     out, values, indices, dead_out = _TopKAutoencode.apply(
         x if scale is None else x.detach(),
         scale,
@@ -118,14 +96,14 @@ def topk_autoencode_dense(
     k: int,
     *,
     relu: bool = True,
-    weight_by_norm: bool = False,
+    norm: Float[Tensor, " d_sae"] | None = None,
     subtract_b_dec: bool = False,
     dead: Int[Tensor, " dead"] | None = None,
     k_dead: int = 0,
 ) -> TopKOutput:
     """:func:`topk_autoencode` in plain dense torch."""
     pre = (x - b_dec if subtract_b_dec else x) @ W_enc + b_enc
-    weighted = (pre * W_dec.norm(dim=-1) if weight_by_norm else pre).detach()
+    weighted = (pre if norm is None else pre * norm).detach()
     indices = weighted.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
     values = pre.gather(-1, indices)
     values = values.relu() if relu else values
@@ -252,25 +230,28 @@ def _encode(
     narrow = None if dtype is None else W_enc.to(dtype)
     at_once = min(n, ROWS_AT_ONCE.get(x.device.type, n))
     pre, weighted = x.new_empty(at_once, d_sae), x.new_empty(0 if norm is None else at_once, d_sae)
+    weighted_bias = None if norm is None else b_enc * norm
     for rows in slices(n, at_once):
         here = pre[: rows.stop - rows.start]
         if narrow is None:
-            torch.addmm(b_enc, x[rows], W_enc, out=here)
+            torch.mm(x[rows], W_enc, out=here)
         else:
-            torch.add(product(x[rows], narrow, dtype), b_enc, out=here)
-        order = here if norm is None else torch.mul(here, norm, out=weighted[: len(here)])
+            here.copy_(product(x[rows], narrow, dtype))
+        if norm is None or weighted_bias is None:
+            order = here.add_(b_enc)
+        else:  # (in one walk through memory)
+            order = torch.addcmul(weighted_bias, here, norm, out=weighted[: len(here)])
         code.indices[rows] = largest(order, k).sort(dim=-1).values
         torch.gather(here, -1, code.indices[rows], out=code.values[rows])
         if dead is not None:
             pre_dead[rows] = here.index_select(1, dead)
+    if norm is not None:
+        code.values.add_(b_enc[code.indices])
+        if dead is not None:
+            pre_dead.add_(b_enc[dead])
     if relu:
         code.values.relu_()
     return code, pre_dead
-
-
-def slices(n: int, step: int) -> Iterator[slice]:
-    for start in range(0, n, max(step, 1)):
-        yield slice(start, min(start + step, n))
 
 
 def largest(pre: Float[Tensor, "row d_sae"], k: int) -> Int[Tensor, "row k"]:
@@ -310,96 +291,3 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if dtype is None:
         return (a @ b).to(a.dtype)
     return (a.to(dtype) @ b.to(dtype)).to(a.dtype)
-
-
-# --- Products with the code, a sparse (batch, d_sae) matrix ------------------------------------------------
-
-
-def decode(code: TopKCode, W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "batch d_out"]:
-    """``A @ W_dec``, A the matrix that holds the values at the indices."""
-    if kernels := kernels_for(W_dec):
-        return kernels.decode(code.values, code.indices, W_dec)
-    return embedding_bag(code.indices, W_dec.detach(), per_sample_weights=code.values, mode="sum")
-
-
-def at(
-    x: Float[Tensor, "batch d_out"], W_dec: Float[Tensor, "d_sae d_out"], indices: Int[Tensor, "batch k"]
-) -> Float[Tensor, "batch k"]:
-    """``x @ W_dec.T`` at the indices only."""
-    if kernels := kernels_for(W_dec):
-        return kernels.sampled(x, W_dec, indices)
-    if x.device.type != "cpu":
-        return _at_gathered(x, W_dec, indices)
-    n, k = indices.shape
-    starts = torch.arange(0, n * k + 1, k)
-    places = torch.sparse_csr_tensor(
-        starts, indices.flatten(), x.new_zeros(n * k), (n, len(W_dec)), check_invariants=False
-    )
-    product = torch.sparse.sampled_addmm(places, x, W_dec.T, beta=0.0)
-    return product.values().reshape(n, k)
-
-
-def _at_gathered(x: Tensor, W_dec: Tensor, indices: Tensor, elements: int = 2**26) -> Tensor:
-    """:func:`at` for devices without the sampled product: gathers at most ``elements`` numbers at a time."""
-    result = x.new_empty(indices.shape)
-    for rows in slices(len(x), max(1, elements // (indices.shape[1] * x.shape[1]))):
-        result[rows] = torch.bmm(W_dec[indices[rows]], x[rows, :, None]).squeeze(-1)
-    return result
-
-
-class ByLatent:
-    """The code seen from the latents: for each latent its tokens."""
-
-    def __init__(self, indices: Int[Tensor, "batch k"], d_sae: int):
-        flat = indices.flatten()
-        self.order = torch.argsort(flat.int(), stable=True)
-        self.tokens = self.order // indices.shape[1]
-        counts = torch.bincount(flat, minlength=d_sae)
-        self.starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-
-    def product(
-        self, weights: Float[Tensor, "batch k"], x: Float[Tensor, "batch d"], *, transposed: bool = False
-    ) -> Tensor:
-        """``A.T @ x`` (d_sae, d) or its transpose, A the (batch, d_sae) matrix of ``weights`` at the indices."""
-        weights = weights.flatten()[self.order]
-        if kernels := kernels_for(x):
-            rows: Tensor = kernels.by_latent(weights, self.tokens, self.starts, x)
-            return rows.T.contiguous() if transposed else rows
-        d_sae = len(self.starts) - 1
-        if not transposed:
-            return self._sums(weights, x, slice(0, d_sae))
-        result = x.new_empty(x.shape[1], d_sae)
-        for latents in slices(d_sae, max(1, 2**18 // x.shape[1])):  # (a part stays in the cache)
-            result[:, latents] = self._sums(weights, x, latents).T
-        return result
-
-    def _sums(self, weights: Tensor, x: Tensor, latents: slice) -> Tensor:
-        starts = self.starts[latents.start : latents.stop + 1]
-        places = slice(int(starts[0]), int(starts[-1]))
-        return embedding_bag(
-            self.tokens[places],
-            x.detach(),
-            starts - starts[0],
-            per_sample_weights=weights[places],
-            mode="sum",
-            include_last_offset=True,
-        )
-
-
-def kernels_for(x: Tensor) -> Any:
-    """The module of triton kernels for this tensor, or None: then torch does it."""
-    return _triton(x.device) if x.is_cuda and x.dtype == torch.float32 else None
-
-
-@functools.cache
-def _triton(device: torch.device) -> Any:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    try:
-        from routesae_lens.saes import topk_triton
-
-        topk_triton.check(device)
-    except Exception as error:  # a compiler, a driver: the torch forms need neither
-        warnings.warn(f"triton does not work on {device}, torch is used instead: {error}", stacklevel=2)
-        return None
-    return topk_triton

@@ -1,4 +1,4 @@
-"""Triton kernels for the sparse products of ``topk_function.py``; imported only for tensors on CUDA.
+"""Triton kernels for the products of ``sparse_products.py``; imported only for tensors on CUDA.
 
 Not run on a GPU yet: tested in triton's interpreter (``TRITON_INTERPRET=1``) against the torch forms.
 Products are summed in float32.

@@ -284,9 +284,11 @@ class TopKTranscoderTrainingSAE(TranscoderTrainingSAE, KAnnealing, FastTopK, Top
             return {}  # SAELens would compute it and multiply by zero
         return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
 
-    def _autoencode(self, x: Tensor, dead: Tensor | None, scale: Tensor | None) -> TopKOutput:
+    def _autoencode(
+        self, x: Tensor, dead: Tensor | None, scale: Tensor | None, norm: Tensor | None
+    ) -> TopKOutput:
         assert self._read is not None
-        code = super()._autoencode(self.hook_sae_input(self._read), dead, None)
+        code = super()._autoencode(self.hook_sae_input(self._read), dead, None, norm)
         return code._replace(out=self._skipped(code.out))
 
     @torch.no_grad()

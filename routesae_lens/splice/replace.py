@@ -24,7 +24,7 @@ from routesae_lens.saes.fast_topk import decode_fast, encode_fast
 from routesae_lens.saes.layers import standardize
 from routesae_lens.saes.route_sae import Routed, RouteSAE
 from routesae_lens.saes.router import Route
-from routesae_lens.saes.topk_function import TopKCode
+from routesae_lens.saes.sparse_products import TopKCode
 
 Hook = Callable[..., Tensor]
 

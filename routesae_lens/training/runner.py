@@ -19,6 +19,7 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
 from routesae_lens.backends import SitesHookPoint
+from routesae_lens.saes import recycled
 from routesae_lens.saes.transcoder_fields import TranscoderFields
 from routesae_lens.training.buffer import MixingBuffer
 from routesae_lens.training.checkpoint import Checkpoints, CheckpointState, restore_rng
@@ -153,6 +154,8 @@ class RouteSAETrainingRunner(MultiSAETrainingRunner):
             if wandb.run is not None and self.cfg.logger.log_to_wandb:
                 wandb.finish(exit_code=1)
             raise
+        finally:
+            recycled.forget()
 
     def _run_with_interruption_handling(self, trainer: MultiSAETrainer) -> dict[str, TrainingSAE[Any]]:
         """SAELens' place between the making of the trainer and ``fit``."""
