@@ -235,17 +235,15 @@ def logits_with_hooks(
     Raises:
         RuntimeError: a hook that never fired.
     """
-    fired: set[str] = set()
+    fns, fired = dict(hooks), set()
 
-    def watched(name: str, fn: Hook) -> Hook:
-        def hook(x: Tensor, hook: Any = None) -> Tensor:
-            fired.add(name)
-            return fn(x, hook=hook)
-
-        return hook
+    def spliced(x: Tensor, hook: Any) -> Tensor:
+        fired.add(hook.name)
+        return fns[hook.name](x, hook=hook)
 
     with prefix.skipped():
-        logits = model.run_with_hooks(tokens, fwd_hooks=[(name, watched(name, fn)) for name, fn in hooks])
-    if silent := sorted({name for name, _ in hooks} - fired):
+        # (one filter for all: for every name it is given, a TransformerBridge lists all its hooks and their aliases)
+        logits = model.run_with_hooks(tokens, fwd_hooks=[(fns.__contains__, spliced)])
+    if silent := sorted(fns.keys() - fired):
         raise RuntimeError(f"splice hooks never fired, the splice touched nothing there: {silent}")
     return logits

@@ -7,6 +7,7 @@ logits stay as the model gave them, and everything is computed in chunks of posi
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -53,8 +54,11 @@ class NextTokens:
         self._next = tokens.roll(-1, dims=1).flatten()
         self.predicted = int(both.sum())
         """Number of tokens in :meth:`cross_entropy`."""
-        self.clean_losses = self.losses(logits)
-        self.clean_cross_entropy = self.clean_losses.sum().item()
+
+    @cached_property
+    def clean_losses(self) -> Float[Tensor, "batch pos"]:
+        """:meth:`losses` of the clean pass."""
+        return self.losses(self.logits)
 
     def kl(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, "batch pos"]:
         """KL(clean || other) at every position, in nats, float64."""
@@ -75,11 +79,12 @@ class NextTokens:
         self, logits: Float[Tensor, "batch pos vocab"]
     ) -> tuple[Float[Tensor, "batch pos"], Float[Tensor, "batch pos"]]:
         """:meth:`kl` and :meth:`losses` of other logits, in one go."""
-        kl, losses = self._empty(logits), self._empty(logits)
+        kl, losses, clean_losses = (self._empty(logits) for _ in range(3))
         for (rows, ours), (_, theirs) in zip(self._chunks(self.logits), self._chunks(logits), strict=True):
-            losses[rows] = self._losses(rows, theirs)
+            losses[rows], clean_losses[rows] = self._losses(rows, theirs), self._losses(rows, ours)
             gap = torch.sub(ours, theirs, out=theirs)
             kl[rows] = torch.einsum("pv,pv->p", ours.exp_(), gap).double()
+        self.clean_losses = clean_losses.reshape(self.tokens.shape)  # (known by the way)
         return kl.reshape(self.tokens.shape), losses.reshape(self.tokens.shape)
 
     def _empty(self, logits: Tensor) -> Float[Tensor, " row"]:
@@ -90,9 +95,11 @@ class NextTokens:
         return (-chosen).where(self.predicts.flatten()[rows], 0.0)
 
     def _chunks(self, logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of the flattened positions, and their log-probabilities in float32."""
+        """Rows of the flattened positions, and their log-probabilities in float32, which the next ones overwrite."""
         flat = logits.flatten(0, 1)
         size = max(1, CHUNK.get(logits.device.type, CHUNK["cuda"]) // logits.shape[-1])
+        made = torch.empty_like(flat[:size], dtype=torch.float32)  # (memory new to the process costs time)
         for start in range(0, len(flat), size):
-            rows = slice(start, start + size)
-            yield rows, flat[rows].float().log_softmax(-1)
+            part = flat[start : start + size]
+            rows = slice(start, start + len(part))
+            yield rows, torch.log_softmax(part, -1, dtype=torch.float32, out=made[: len(part)])
