@@ -8,6 +8,7 @@ from routed_saes import make, stacks, step
 from sae_lens.saes.sae import mse_loss
 
 from routesae_lens.saes import row_error as module
+from routesae_lens.saes.architectures import RouteTopKTrainingSAE
 from routesae_lens.saes.row_error import row_error
 
 
@@ -62,4 +63,16 @@ def test_an_sae_whose_loss_was_replaced_keeps_the_other_loss():
     sae.mse_loss_fn = mse_loss
     output = step(sae, stacks(9))
     expected = (output.sae_out - output.sae_in).pow(2).sum(-1).mean()
+    torch.testing.assert_close(output.losses["mse_loss"], expected)
+
+
+class AbsoluteError(RouteTopKTrainingSAE):
+    def _reconstruction_loss(self, preds, target):
+        return (preds - target).abs()
+
+
+def test_a_class_with_a_loss_of_its_own_keeps_it():
+    sae = AbsoluteError(make("topk").cfg)
+    output = step(sae, stacks(9))
+    expected = (output.sae_out - output.sae_in).abs().sum(-1).mean()
     torch.testing.assert_close(output.losses["mse_loss"], expected)

@@ -13,6 +13,7 @@ from datasets import Dataset
 from sae_lens import SAE, TopKSAEConfig, TopKTrainingSAEConfig
 from transformer_lens import HookedTransformer
 
+from routesae_lens.saes import recycled
 from routesae_lens.saes.architectures import ROUTE_ARCHITECTURES, RouteTopKTrainingSAEConfig
 from routesae_lens.training.checkpoint import Checkpoints
 from routesae_lens.training.preflight import checked_configs
@@ -68,6 +69,27 @@ def test_every_architecture_trains_with_an_ordinary_sae_beside_it(
         assert loaded.cfg.metadata.seqpos_slice in ((1, None), [1, None])
     # The caller's configs are not written into.
     assert configs["route_topk"].metadata.context_size is None
+
+
+def test_memory_kept_for_gradients_goes_when_the_run_ends_and_before_evaluations(
+    tiny_hooked: HookedTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(recycled, "SMALLEST", 1)
+    kept, let_go, forget = [], [], recycled.forget
+
+    def spy() -> None:
+        kept.append(recycled.kept_bytes())
+        forget()
+
+    monkeypatch.setattr(recycled, "forget", spy)
+
+    def evaluator(**_: Any) -> dict[str, float]:
+        let_go.append(recycled.kept_bytes())
+        return {}
+
+    run(tiny_hooked, tmp_path / "run", evaluator=evaluator, eval_every=6)
+    assert max(kept) == 2 * 32 * 48 * 4 and recycled.kept_bytes() == 0
+    assert let_go and not any(let_go)
 
 
 def test_the_log_tells_what_sae_lens_would_send_to_wandb(tiny_hooked: HookedTransformer, tmp_path: Path):

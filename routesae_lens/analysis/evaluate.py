@@ -230,12 +230,14 @@ class _ZeroPasses:
 def logits_with_hooks(
     model: Any, tokens: Int[Tensor, "batch pos"], prefix: SharedPrefix, hooks: list[tuple[str, Hook]]
 ) -> Float[Tensor, "batch pos vocab"]:
-    """Logits of the batch that ``prefix`` recorded last, with hooks.
+    """Logits of the batch that ``prefix`` recorded last, with hooks, one at a point.
 
     Raises:
         RuntimeError: a hook that never fired.
     """
-    fns, fired = dict(hooks), set()
+    points, fired = model.hook_dict, set()
+    # (a TransformerBridge knows some points by other names as well; they call hooks by their own)
+    fns = {(points[name].name or name) if name in points else name: fn for name, fn in hooks}
 
     def spliced(x: Tensor, hook: Any) -> Tensor:
         fired.add(hook.name)

@@ -21,7 +21,10 @@ _free: deque[np.ndarray] = deque(maxlen=2)  # an SAE has two large gradients, W_
 
 
 def empty(like: Tensor, *shape: int) -> Tensor:
-    """``like.new_empty(*shape)``, on a CPU in memory that an earlier one of that size has left, if there is any."""
+    """``like.new_empty(*shape)``, on a CPU in memory that an earlier one of that size has left, if there is any.
+
+    The result cannot be resized.
+    """
     size = math.prod(shape) * like.element_size()
     if like.device.type != "cpu" or size < SMALLEST:
         return like.new_empty(*shape)

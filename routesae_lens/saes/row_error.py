@@ -1,7 +1,8 @@
 """The squared error of a reconstruction, token by token, as one function with a gradient of its own.
 
 Written with torch's operators it makes a dozen matrices of the batch's size; memory new to the process costs several
-times as much as the arithmetic done in it. Here one is made, the gradient that the reconstruction gets.
+times as much as the arithmetic done in it. Here one is made, the gradient that the reconstruction gets (and another for
+a target that has its own).
 """
 
 from __future__ import annotations

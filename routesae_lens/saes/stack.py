@@ -191,7 +191,8 @@ class StackTrainingSAE(StackSAE, TrainingSAE[Any]):
     def _mean_error(
         self, preds: Float[Tensor, "batch d"], x: Float[Tensor, "batch d"], scale: Tensor | None
     ) -> Float[Tensor, ""]:
-        if self.mse_loss_fn != self._reconstruction_loss:  # somebody's own
+        # (neither a class's nor an instance's own)
+        if self.mse_loss_fn != StackTrainingSAE._reconstruction_loss.__get__(self):
             return super()._mean_error(preds, x, scale)
         target = self._target(x)
         known = scale if target.requires_grad else None
@@ -199,7 +200,7 @@ class StackTrainingSAE(StackSAE, TrainingSAE[Any]):
         return row_error(preds, target, known, normalized=self.cfg.loss == "normalized_mse").mean()
 
     def _target(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        """What reconstructions are compared with."""
+        """What reconstructions are compared with: ``x`` itself, detached or not."""
         return x
 
     def _input_norm(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1"]:

@@ -4,7 +4,8 @@ While a run or a sweep trains, it holds (all in bytes; SAEs in float32, ``item``
 
     weights     4 x parameters of all SAEs
     moments     8 x parameters of all SAEs                (Adam's two)
-    gradient    4 x parameters of the largest SAE         (freed after each member's own step)
+    gradient    4 x parameters of the largest SAE         (freed after each member's own step; on a CPU those of the
+                last fast TopK step stay, so the largest of both kinds where members step in different ways)
     step        what one member computes in its step, freed before the next one's: a few tensors of
                 batch x d_sae and batch x d_in
     outputs     0: SAELens keeps 2 x batch x d_sae x 4 of every member until all have made their step,
@@ -152,7 +153,7 @@ def estimate_memory(
     return MemoryEstimate(
         weights=4 * sum(parameters.values()),
         moments=8 * sum(parameters.values()),
-        gradient=4 * max(parameters.values()),
+        gradient=4 * sum(_largest_by_step(configs, parameters)),
         step=max(_step(cfg, batch_size) for cfg in configs.values()),
         buffer=0 if buffer_apart else buffer,
         host_buffer=buffer if buffer_apart else 0,
@@ -205,13 +206,26 @@ def _parameters(cfg: TrainingSAEConfig) -> int:
     return sum(parameter.numel() for parameter in sae.parameters())
 
 
-def _step(cfg: TrainingSAEConfig, batch_size: int) -> int:
-    """Bytes that one member's step holds and frees."""
+def _is_fast(cfg: TrainingSAEConfig) -> bool:
     sae_class = get_sae_training_class(cfg.architecture())[0]
     k = getattr(cfg, "largest_k", getattr(cfg, "k", 0))
-    fast = (
+    return (
         issubclass(sae_class, FastTopK) and torch.device(cfg.device).type in DEVICES and k <= FEW * cfg.d_sae
     )
+
+
+def _largest_by_step(configs: Mapping[str, TrainingSAEConfig], parameters: Mapping[str, int]) -> list[int]:
+    """Parameters of the largest SAE; on a CPU of the largest with a fast step and the largest without."""
+    kinds: dict[bool, int] = {}
+    for name, cfg in configs.items():
+        kind = _is_fast(cfg) and torch.device(cfg.device).type == "cpu"
+        kinds[kind] = max(kinds.get(kind, 0), parameters[name])
+    return list(kinds.values())
+
+
+def _step(cfg: TrainingSAEConfig, batch_size: int) -> int:
+    """Bytes that one member's step holds and frees."""
+    fast, k = _is_fast(cfg), getattr(cfg, "largest_k", getattr(cfg, "k", 0))
     revival = REVIVAL if getattr(cfg, "aux_loss_coefficient", 0) else 0
     # Rules that only compare the layers (distilled, oracle) encode them one after the other.
     rows = batch_size * (getattr(cfg, "n_layers", 1) if getattr(cfg, "routing", "") == "every" else 1)

@@ -15,6 +15,7 @@ from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from tqdm.auto import tqdm
 
+from routesae_lens.saes import recycled
 from routesae_lens.training.buffer import ActivationsNotFinite, SavedStream, TrainingBatches
 from routesae_lens.training.checkpoint import Checkpoints, CheckpointState, rng_state
 from routesae_lens.training.interruption import Interruption, TrainingInterrupted
@@ -265,6 +266,7 @@ class MonitoredTrainer(MultiSAETrainer):
 
     def _evaluate(self) -> None:
         assert self.monitor.evaluator is not None
+        recycled.forget()
         try:
             # (the prefetcher must not use the model meanwhile; and evaluating must not change the training)
             with self.data_provider.paused(), torch.random.fork_rng(devices=[]):
