@@ -18,7 +18,6 @@ from routesae_lens.analysis.evaluate import (
     evaluate,
     evaluate_all,
     held_out_tokens,
-    logits_with_hooks,
 )
 from routesae_lens.analysis.metrics import LayerSums
 from routesae_lens.analysis.next_tokens import kl_per_token
@@ -34,7 +33,6 @@ from routesae_lens.saes.architectures import (
     RouteTopKSAEConfig,
 )
 from routesae_lens.saes.forms import inference_form
-from routesae_lens.splice.prefix import SharedPrefix
 from routesae_lens.splice.replace import splice_hooks
 
 D_MODEL = 32
@@ -140,25 +138,6 @@ def test_equal_numbers_on_every_backend(tiny_llama_dir, tokens, routing):
             for metric, value in other[name].to_dict().items():
                 if isinstance(value, float):
                     assert value == pytest.approx(reference[metric], rel=2e-3, abs=2e-5), (name, metric)
-
-
-@pytest.mark.parametrize("alias, own", [("hook_embed", "embed.hook_out"), ("blocks.2.mlp.hook_post", None)])
-def test_a_bridge_splices_at_other_names_of_its_points(tiny_bridge, tokens, alias, own):
-    own = own or tiny_bridge.hook_dict[alias].name
-    assert own != alias
-    width = tiny_bridge.run_with_cache(tokens, names_filter=[own])[1][own].shape[-1]
-    results = []
-    for name in (alias, own):
-        torch.manual_seed(0)
-        sae = TopKSAE(TopKSAEConfig(d_in=width, d_sae=64, k=8, metadata=SAEMetadata(hook_name=name)))
-        results.append(evaluate(sae, tiny_bridge, tokens, progress=False).kl)
-    assert results[0] == results[1] > 1e-3
-
-
-def test_a_splice_that_touches_nothing_is_an_error(tiny_hooked, tokens):
-    prefix = SharedPrefix(tiny_hooked, [])
-    with pytest.raises(RuntimeError, match=r"touched nothing there.*blocks\.2\.hook_nowhere"):
-        logits_with_hooks(tiny_hooked, tokens, prefix, [("blocks.2.hook_nowhere", lambda x, hook: x)])
 
 
 def test_batch_size_does_not_matter(tiny_hooked, tokens):

@@ -63,12 +63,12 @@ def _parts(x: Float[Tensor, "row *inner d_model"], into: Tensor | None = None) -
     Memory new to the process costs several times as much as the arithmetic done in it.
     """
     at_once = max(1, NUMBERS_AT_ONCE // max(1, x[:1].numel()))
-    scratch = torch.empty_like(_wide(x[:at_once])) if into is None else None
+    memory = torch.empty_like(_wide(x[:at_once])) if into is None else into
     for start in range(0, len(x), at_once):
         rows = slice(start, min(start + at_once, len(x)))
         wide = _wide(x[rows])
         mean = wide.mean(-1, keepdim=True)
-        out = into[rows] if into is not None else scratch[: len(wide)]  # type: ignore[index]
+        out = memory[: len(wide)] if into is None else memory[rows]
         centered = torch.sub(wide, mean, out=out)
         std = torch.linalg.vector_norm(centered, dim=-1, keepdim=True) / (x.shape[-1] - 1) ** 0.5 + EPS
         yield _Part(rows, centered.div_(std), mean, std)
