@@ -56,10 +56,12 @@ THEMES = {
         "analysis.metrics",
         "analysis.next_tokens",
         "analysis.stream",
+        "splice.late_logits",
         "splice.replace",
     ),
     "[Features and routes](interpret.md#features)": (
         "analysis.feature",
+        "analysis.contexts",
         "analysis.layer_profiles",
         "analysis.routing",
         "analysis.token_classes",

@@ -52,7 +52,7 @@ def spliced(
         ones = torch.ones(layer.shape, device=x.device)
         route = sae.read_layers(x, ones[..., None].expand(*layer.shape, x.shape[-2]), layer, ones)
         hooks = rl.splice_hooks(sae, model, route, batch.keep)
-        kl = rl.kl_per_token(batch.logits, model.run_with_hooks(batch.tokens, fwd_hooks=hooks))
+        kl = rl.kl_per_token(batch.logits.whole(), model.run_with_hooks(batch.tokens, fwd_hooks=hooks))
         rows = x[batch.keep]
         chosen = layer[batch.keep]
         read = rows[torch.arange(len(rows), device=rows.device), chosen]

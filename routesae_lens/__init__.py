@@ -12,12 +12,12 @@ from routesae_lens.analysis.activation_overlap import (
     activation_similarity,
 )
 from routesae_lens.analysis.completions import Completion, GenerationOptions, complete
+from routesae_lens.analysis.contexts import Context
 from routesae_lens.analysis.evaluate import SpliceEvaluator, evaluate, evaluate_all, held_out_tokens
 from routesae_lens.analysis.expert_use import ExpertCounter, ExpertUse, expert_utilisation
 from routesae_lens.analysis.feature_map import FeatureMap, feature_map
 from routesae_lens.analysis.feature_set import (
     BlockActivity,
-    Context,
     Feature,
     FeatureRule,
     FeatureSet,
@@ -174,6 +174,7 @@ from routesae_lens.saes.transcoder import (
 )
 from routesae_lens.splice.edits import Ablate, Add, Edit, Scale, Set
 from routesae_lens.splice.hooked import HookedRouteSAETransformer, RouteSAETransformerBridge
+from routesae_lens.splice.late_logits import Logits
 from routesae_lens.splice.replace import splice_hooks
 from routesae_lens.training.data import load_text
 from routesae_lens.training.interruption import TrainingInterrupted
@@ -253,6 +254,7 @@ __all__ = [
     "LayerCoverage",
     "LayerProfiles",
     "LocalJudge",
+    "Logits",
     "LongDocuments",
     "MatchDistribution",
     "MeanScore",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from routesae_lens.analysis.feature_set import BlockActivity, Context, Feature, FeatureRule, FeatureSet
+from routesae_lens.analysis.contexts import Context
+from routesae_lens.analysis.feature_set import BlockActivity, Feature, FeatureRule, FeatureSet
 
 
 def context(before: str, token: str, after: str, activation: float = 16.0, position: int = 3) -> Context:

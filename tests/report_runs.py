@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from routesae_lens.analysis.feature_set import BlockActivity, Context, Feature, FeatureRule, FeatureSet
+from routesae_lens.analysis.contexts import Context
+from routesae_lens.analysis.feature_set import BlockActivity, Feature, FeatureRule, FeatureSet
 
 LAYERS = [2, 3, 5]
 WORDS = (

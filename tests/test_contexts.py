@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import defaultdict
+from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from routesae_lens.analysis import contexts as contexts_module
-from routesae_lens.analysis.contexts import ContextRows, Passages, TextClasses, TopContexts, token_texts
+from routesae_lens.analysis.contexts import (
+    ContextRows,
+    PassageReader,
+    TextClasses,
+    TopContexts,
+    strongest_first,
+    token_texts,
+)
 from routesae_lens.analysis.feature_set import FeatureRule
 from routesae_lens.analysis.features import _limits
 
@@ -93,6 +102,12 @@ def test_equals_the_naive_loop_at_every_threshold(
             assert contexts == expected[feature][:limit]
 
 
+def test_the_strongest_come_first_and_equal_ones_in_order():
+    values = [1.0, 5e-324, float("inf"), 2.5, 1.0, 1.0 + 2**-52, 2.5, 1e300, 2.2e-308]
+    strength = torch.tensor(values, dtype=torch.float64)
+    assert strongest_first(strength).tolist() == sorted(range(9), key=lambda i: -values[i])
+
+
 def test_memory_does_not_grow_with_the_text(monkeypatch):
     monkeypatch.setattr(contexts_module, "PENDING_ROWS", 500)
     generator = torch.Generator().manual_seed(0)
@@ -124,8 +139,18 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
 
 
+class Passage(NamedTuple):
+    before: str
+    token: str
+    after: str
+    document: int
+    document_position: int
+
+
 def passages_of(tokens, tokenizer, context_tokens):
-    return Passages(tokens, tokenizer, token_texts(tokens, tokenizer), context_tokens)
+    """The passage around every token."""
+    reader = PassageReader(tokens, tokenizer, token_texts(tokens, tokenizer), context_tokens)
+    return [Passage(*row) for row in zip(*reader.read(torch.arange(tokens.numel())), strict=True)]
 
 
 HOSTILE = "<script>alert('x')</script> \u202eright to left\u202c **bold** 😀👩‍👩‍👧 naïve\u2028 \x00 日本 ▁|⟨⟩"
@@ -138,7 +163,7 @@ def test_hostile_text_comes_back_whole(byte_tokenizer):
     encoded = HOSTILE.encode()
     assert len(ids) == len(encoded)
     for at in range(len(ids)):
-        passage = passages(at + 1)
+        passage = passages[at + 1]
         assert passage.before + passage.token + passage.after == HOSTILE
         # The whole character that the byte belongs to, and the text before it.
         start = at
@@ -146,7 +171,7 @@ def test_hostile_text_comes_back_whole(byte_tokenizer):
             start -= 1
         assert passage.before == encoded[:start].decode()
         assert len(passage.token) == 1
-    assert passages(0).token == "<s>" and passages(0).after == HOSTILE
+    assert passages[0].token == "<s>" and passages[0].after == HOSTILE
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 8])
@@ -154,30 +179,76 @@ def test_short_contexts_do_not_cut_characters(byte_tokenizer, size):
     ids = byte_tokenizer(HOSTILE, add_special_tokens=False)["input_ids"]
     passages = passages_of(torch.tensor([[0, *ids]]), byte_tokenizer, size)
     for at in range(1, len(ids) + 1):
-        passage = passages(at)
+        passage = passages[at]
         text = passage.before + passage.token + passage.after
         assert "�" not in text and text in HOSTILE and passage.token
 
 
-@pytest.mark.parametrize("size", [1, 4, 64])
-def test_pieces_joined_are_what_the_tokenizer_decodes(byte_tokenizer, size):
+@pytest.fixture
+def asked(monkeypatch):
+    """The tokens, counted in their document, whose passage the tokenizer was asked for."""
+    seen = []
+    split = PassageReader._split
+
+    def counting(self, ids, at):
+        seen.append(at)
+        return split(self, ids, at)
+
+    monkeypatch.setattr(PassageReader, "_split", counting)
+    return seen
+
+
+def join_whole_sequences(tokens, tokenizer, texts):
+    """Only of sequences that decode to what their tokens do one by one are the texts known to be right."""
+    pieces = [texts[i] for i in tokens.flatten().tolist()]
+    ends = torch.tensor([0, *itertools.accumulate(map(len, pieces))])
+    unsafe = [
+        tokenizer.decode(row, clean_up_tokenization_spaces=False) != "".join(texts[i] for i in row)
+        for row in tokens.tolist()
+    ]
+    counts = torch.tensor([0, *itertools.accumulate(bad for bad in unsafe for _ in range(tokens.shape[1]))])
+    return contexts_module._Joined("".join(pieces), ends, counts, torch.zeros_like(ends, dtype=torch.bool))
+
+
+def check_joined(monkeypatch, tokens, tokenizer, size):
+    """Joined pieces are what the tokenizer says of every passage on its own."""
+    fast = passages_of(tokens, tokenizer, size)
+    with monkeypatch.context() as patch:
+        patch.setattr(contexts_module, "_join", join_whole_sequences)
+        assert fast == passages_of(tokens, tokenizer, size)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 7, 64])
+def test_pieces_joined_are_what_the_tokenizer_decodes(byte_tokenizer, monkeypatch, asked, size):
     rows = [
-        byte_tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("one, two  3", "naïve 日本")
+        byte_tokenizer(text, add_special_tokens=False)["input_ids"]
+        for text in ("one, two  3", "naïve 日本", "x“y” 😀👩‍👧z", HOSTILE)
     ]
     tokens = torch.tensor([[0, *row[:5], 0, *row[5:10]] for row in rows])
-    fast, slow = (passages_of(tokens, byte_tokenizer, size) for _ in range(2))
-    slow._sequence = lambda ids: contexts_module._Sequence(ids, "", None)
-    for place in range(tokens.numel()):
-        assert fast(place) == slow(place)
-    assert fast._sequences[0].ends is not None
-    assert fast._sequences[1].ends is None  # its bytes are no text one by one
+    check_joined(monkeypatch, tokens, byte_tokenizer, size)
+    asked.clear()
+    passages_of(tokens[:1], byte_tokenizer, size)
+    assert asked == []
+    # Of <s> n a ï(two bytes) v, only what cuts the character is asked for (places count from after the BOS).
+    passages_of(tokens[1:2, :6], byte_tokenizer, 64)
+    assert asked == [2, 3]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), size=st.integers(1, 12))
+def test_pieces_joined_of_bytes_that_are_no_text(byte_tokenizer, monkeypatch, data, size):
+    # BOS, letters, and bytes that begin or continue characters of two, three and four bytes, "�" one of them.
+    ids = [0, *byte_tokenizer("A é“😀�", add_special_tokens=False)["input_ids"]]
+    row = st.lists(st.sampled_from(ids), min_size=14, max_size=14)
+    tokens = torch.tensor(data.draw(st.lists(row, min_size=1, max_size=3)))
+    check_joined(monkeypatch, tokens, byte_tokenizer, size)
 
 
 def test_a_character_cut_by_the_end_of_the_sequence(byte_tokenizer):
     ids = byte_tokenizer("ab😀", add_special_tokens=False)["input_ids"]
     passages = passages_of(torch.tensor([[0, *ids[:4]]]), byte_tokenizer, 64)
     for at in (3, 4):
-        assert passages(at).before == "ab" and passages(at).token == "�"
+        assert passages[at].before == "ab" and passages[at].token == "�"
 
 
 def test_documents(byte_tokenizer):
@@ -189,7 +260,7 @@ def test_documents(byte_tokenizer):
         (place // 4, place % 4): (p.document, p.document_position, p.before + "|" + p.token + "|" + p.after)
         for place in range(12)
         if tokens.flatten()[place] != 0
-        for p in [passages(place)]
+        for p in [passages[place]]
     }
     assert seen == {
         (0, 1): (0, 1, "|a|b"),
@@ -202,7 +273,7 @@ def test_documents(byte_tokenizer):
         (2, 3): (3, 3, "fa|b|"),
     }
     without = passages_of(torch.tensor([[a, b], [c, d]]), byte_tokenizer, 64)
-    assert [(without(i).document, without(i).document_position) for i in range(4)] == [
+    assert [(p.document, p.document_position) for p in without] == [
         (0, 0),
         (0, 1),
         (1, 0),
@@ -213,7 +284,7 @@ def test_documents(byte_tokenizer):
 def test_a_text_that_begins_inside_a_document(byte_tokenizer):
     a, b, c = (byte_tokenizer(letter)["input_ids"][-1] for letter in "abc")
     passages = passages_of(torch.tensor([[a, b, 0], [0, c, b]]), byte_tokenizer, 64)
-    seen = [(p.document, p.document_position, p.before, p.token, p.after) for p in map(passages, range(6))]
+    seen = [(p.document, p.document_position, p.before, p.token, p.after) for p in passages]
     assert seen == [
         (0, 0, "", "a", "b"),  # no BOS: the first token is text
         (0, 1, "a", "b", ""),

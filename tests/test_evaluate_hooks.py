@@ -8,6 +8,7 @@ from sae_lens import TopKSAE, TopKSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
 from routesae_lens.analysis.evaluate import evaluate, logits_with_hooks
+from routesae_lens.splice.late_logits import Unembedding
 from routesae_lens.splice.prefix import SharedPrefix
 
 
@@ -32,4 +33,10 @@ def test_a_bridge_splices_at_other_names_of_its_points(tiny_bridge, tokens, alia
 def test_a_splice_that_touches_nothing_is_an_error(tiny_hooked, tokens):
     prefix = SharedPrefix(tiny_hooked, [])
     with pytest.raises(RuntimeError, match=r"touched nothing there.*blocks\.2\.hook_nowhere"):
-        logits_with_hooks(tiny_hooked, tokens, prefix, [("blocks.2.hook_nowhere", lambda x, hook: x)])
+        logits_with_hooks(
+            tiny_hooked,
+            tokens,
+            prefix,
+            Unembedding(tiny_hooked),
+            [("blocks.2.hook_nowhere", lambda x, hook: x)],
+        )

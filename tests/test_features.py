@@ -252,8 +252,8 @@ def test_round_trip(proxy, tokens, tmp_path, name):
 
 def test_hostile_text_is_plain_ascii_in_the_file(proxy, tokens, tmp_path):
     features = collect({"x": route_sae()}, proxy, tokens)["x"]
-    context = features.candidates[0].contexts[0]
-    object.__setattr__(context, "before", HOSTILE)
+    contexts = features.candidates[0].contexts
+    contexts[0] = contexts[0]._replace(before=HOSTILE)
     features.save(tmp_path / "f.json")
     assert (tmp_path / "f.json").read_bytes().isascii()
     assert FeatureSet.load(tmp_path / "f.json").features[0].contexts[0].before == HOSTILE

@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from sae_lens import SAE
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from sae_lens.training.prefetch import PrefetchingIterator
@@ -27,6 +27,7 @@ from routesae_lens.analysis.next_tokens import NextTokens
 from routesae_lens.analysis.stream import check_tokens, read_batches, subjects_of
 from routesae_lens.analysis.subjects import CrosscoderSubject, Reading, Subject
 from routesae_lens.saes.forms import inference_form
+from routesae_lens.splice.late_logits import Logits, Unembedding
 from routesae_lens.splice.prefix import SharedPrefix
 from routesae_lens.splice.replace import Hook
 
@@ -80,6 +81,7 @@ def evaluate_all(
         _choose_layers(subjects, splice_layers)
     tallies = {name: Tally(subject) for name, subject in subjects.items()}
     prefix = SharedPrefix(model, [name for subject in subjects.values() for name in subject.replaces])
+    unembedding = Unembedding(model)
     for batch in read_batches(
         subjects,
         model,
@@ -93,8 +95,10 @@ def evaluate_all(
     ):
         assert batch.logits is not None
         ids, keep = batch.tokens, batch.keep
-        clean = NextTokens(batch.logits, ids, keep)
-        rerun = partial(logits_with_hooks, model, ids, prefix)
+        if len(subjects) > 1 or unscaled:  # (what is compared several times is made once)
+            batch.logits.whole()
+        clean = NextTokens(batch.logits, ids, keep, batch.start)
+        rerun = partial(logits_with_hooks, model, ids, prefix, unembedding)
         zeroed = _ZeroPasses(rerun, clean)
         for name, subject in subjects.items():
             tally, reading = tallies[name], batch.read(subject)
@@ -213,7 +217,7 @@ def _flat(metrics: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, f
 class _ZeroPasses:
     """Cross-entropy of a batch with the replaced activations zeroed, once for SAEs that replace the same."""
 
-    def __init__(self, rerun: Callable[[list[tuple[str, Hook]]], Tensor], clean: NextTokens):
+    def __init__(self, rerun: Callable[[list[tuple[str, Hook]]], Logits], clean: NextTokens):
         self.rerun, self.clean = rerun, clean
         self.done: list[tuple[tuple[Any, ...], Tensor, float]] = []
 
@@ -228,8 +232,12 @@ class _ZeroPasses:
 
 
 def logits_with_hooks(
-    model: Any, tokens: Int[Tensor, "batch pos"], prefix: SharedPrefix, hooks: list[tuple[str, Hook]]
-) -> Float[Tensor, "batch pos vocab"]:
+    model: Any,
+    tokens: Int[Tensor, "batch pos"],
+    prefix: SharedPrefix,
+    unembedding: Unembedding,
+    hooks: list[tuple[str, Hook]],
+) -> Logits:
     """Logits of the batch that ``prefix`` recorded last, with hooks, one at a point.
 
     Raises:
@@ -245,7 +253,8 @@ def logits_with_hooks(
 
     with prefix.skipped():
         # (one filter for all: for every name it is given, a TransformerBridge lists all its hooks and their aliases)
-        logits = model.run_with_hooks(tokens, fwd_hooks=[(fns.__contains__, spliced)])
+        fwd_hooks = [(fns.__contains__, spliced)]
+        logits = unembedding.logits(lambda: model.run_with_hooks(tokens, fwd_hooks=fwd_hooks))
     if silent := sorted(fns.keys() - fired):
         raise RuntimeError(f"splice hooks never fired, the splice touched nothing there: {silent}")
     return logits

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from routesae_lens.analysis.contexts import Passage
+from routesae_lens.analysis.contexts import Context
 
 FORMAT = "routesae_lens.features/1"
 
@@ -81,26 +81,6 @@ class FeatureRule:
             0 if self.max_token_classes is None else self.contexts_per_token * (self.max_token_classes + 1)
         )
         return max(self.max_contexts, self.min_contexts, crowd)
-
-
-@dataclass(frozen=True)
-class Context(Passage):
-    """One activation of a feature, with the text around it."""
-
-    token_class: str
-    """The token's text, stripped and in lower case: contexts are grouped by it."""
-    token_id: int
-    activation: float
-    """In units of p = 1 (divided by the token's routing weight)."""
-    strength: float
-    """What is compared with the threshold: the activation itself, or scaled to an input of norm sqrt(2048)."""
-    block: int | None
-    """The block that the token was routed to; None for an SAE that reads several at once."""
-    p: float | None
-    """The router's probability of that block."""
-    sequence: int
-    """Row of ``tokens``."""
-    position: int
 
 
 @dataclass(frozen=True)
@@ -212,7 +192,7 @@ class FeatureSet:
             **{field.name: getattr(self, field.name) for field in fields(self)},
             "rule": asdict(self.rule),
             **{name: getattr(self, name).tolist() for name in _PER_LATENT},
-            "candidates": [asdict(feature) for feature in self.candidates],
+            "candidates": [_as_dict(feature) for feature in self.candidates],
         }
         # ASCII alone: text may hold marks that turn the writing direction of whatever displays the file.
         written = json.dumps(data, allow_nan=False).encode()
@@ -271,6 +251,11 @@ class FeatureSet:
         layer_tokens = {int(block): count for block, count in data["layer_tokens"].items()}
         rule = FeatureRule(**data["rule"])
         return cls(data["name"], rule, data["tokens"], layer_tokens, candidates=candidates, **per_latent)
+
+
+def _as_dict(feature: Feature) -> dict[str, Any]:
+    contexts = [context._asdict() for context in feature.contexts]
+    return asdict(replace(feature, contexts=[])) | {"contexts": contexts}
 
 
 _PER_LATENT = ("firing_frequency", "max_activation", "retained_below", "crowded_below")

@@ -8,26 +8,25 @@ above a low threshold (``collect_above``) answers for every higher one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from itertools import islice
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from routesae_lens.analysis.contexts import (
+    Context,
     ContextRows,
-    Passages,
+    PassageReader,
     TextClasses,
     TopContexts,
     first_of_group,
     rank_in_group,
     token_texts,
 )
-from routesae_lens.analysis.feature_set import BlockActivity, Context, Feature, FeatureRule, FeatureSet
+from routesae_lens.analysis.feature_set import BlockActivity, Feature, FeatureRule, FeatureSet
 from routesae_lens.analysis.stream import read_batches, subjects_of
 from routesae_lens.analysis.subjects import Reading, Subject
 from routesae_lens.saes.fast_topk import Latents
@@ -128,8 +127,8 @@ def collect_features(
         for collection in collections.values():
             reading = batch.read(collection.subject)
             collection.add(reading, batch.keep, batch.tokens[batch.keep], place[batch.keep.flatten()])
-    passages = Passages(tokens, tokenizer, texts, context_tokens)
-    return {name: collection.result(passages, progress) for name, collection in collections.items()}
+    reader = PassageReader(tokens, tokenizer, texts, context_tokens)
+    return {name: collection.result(reader, progress) for name, collection in collections.items()}
 
 
 class _Collection:
@@ -161,18 +160,20 @@ class _Collection:
         token, feature, value = Latents.of(self.subject.encode(reading, keep))
         if not torch.isfinite(value).all():
             raise ValueError(f"SAE {self.name!r} has activations that are not finite")
-        positive = value > 0  # (without a ReLU some are not)
-        token, feature, value = token[positive], feature[positive], value[positive]
+        positive = value > 0
+        if not positive.all():  # (without a ReLU)
+            token, feature, value = token[positive], feature[positive], value[positive]
         route, layer = reading.route, reading.layer[keep]
         scale = torch.ones_like(layer, dtype=torch.float64) if route is None else route.scale[keep].double()
-        activation = value.double() / scale[token]
+        activation = value.double() / scale.index_select(0, token)
         strength = activation
         if self.rule.relative:
             norm = _input_norm(self.subject, reading, keep)
             # An input of norm 0 says nothing: what it activates is bias.
             unit = torch.where(norm > 0, PAPER_NORM / norm, 0.0)
-            strength = activation * unit[token]
-        self._count(layer, layer[token] * self.d_sae + feature, feature, activation, strength)
+            strength = activation * unit.index_select(0, token)
+        cell = layer.index_select(0, token) * self.d_sae + feature
+        self._count(layer, cell, feature, activation, strength)
         p = torch.full_like(scale, math.nan)
         if route is not None:
             p = route.probs[keep].gather(-1, layer[:, None]).squeeze(-1).double()
@@ -180,20 +181,14 @@ class _Collection:
             self.every_layer = True
             layer = torch.full_like(layer, -1)
         self.contexts.floor = self.contexts.floor.to(strength.device)
-        high = (strength > self.contexts.floor[feature]).nonzero().squeeze(-1)
-        token = token[high]
-        classes = self.classes(ids)
-        self.contexts.add(
-            ContextRows(
-                feature[high],
-                classes[token],
-                strength[high],
-                activation[high],
-                place[token],
-                layer[token],
-                p[token],
-            )
+        high = (strength > self.contexts.floor.index_select(0, feature)).nonzero().squeeze(-1)
+        of_token = (self.classes(ids), place, layer, p)
+        token = token.index_select(0, high)
+        token_class, place, layer, p = (column.index_select(0, token) for column in of_token)
+        feature, strength, activation = (
+            column.index_select(0, high) for column in (feature, strength, activation)
         )
+        self.contexts.add(ContextRows(feature, token_class, strength, activation, place, layer, p))
 
     def _count(
         self, layer: Tensor, cell: Tensor, feature: Tensor, activation: Tensor, strength: Tensor
@@ -205,7 +200,7 @@ class _Collection:
         self.sum += cell.bincount(weights=activation, minlength=len(self.active)).cpu()
         self.max = self.max.to(activation.device).scatter_reduce(0, feature, activation, "amax")
 
-    def result(self, passages: Passages, progress: bool) -> FeatureSet:
+    def result(self, reader: PassageReader, progress: bool) -> FeatureSet:
         rule, d_sae = self.rule, self.d_sae
         frequency = self.active.view(-1, d_sae).sum(0).double() / self.tokens
         largest = self.max.cpu()
@@ -217,20 +212,21 @@ class _Collection:
             above = (rows.strength > rule.threshold) & (retained_below > rule.threshold)[rows.feature]
             if rule.max_contexts is not None:  # (the strongest come first)
                 above &= rank_in_group(rows.feature) < rule.max_contexts
-            shown = rows.take(above)
+            shown = rows.take(above.nonzero().squeeze(-1))
             latents, sizes = shown.feature.unique_consecutive(return_counts=True)
-            contexts = self._contexts(shown, passages)
-            of_each = zip(
+            contexts = self._contexts(shown, reader, progress)
+            columns = (
                 latents.tolist(),
-                (list(islice(contexts, size)) for size in sizes.tolist()),
+                [
+                    contexts[end - size : end]
+                    for end, size in zip(sizes.cumsum(0).tolist(), sizes.tolist(), strict=True)
+                ],
                 frequency[latents].tolist(),
                 largest[latents].tolist(),
                 self._activity(latents),
                 self._decoder_norms(latents),
-                strict=True,
             )
-            bar = tqdm(of_each, f"contexts {self.name}", len(latents), unit="feature", disable=not progress)
-            candidates = [Feature(*feature) for feature in bar]
+            candidates = list(map(Feature, *columns))
         return FeatureSet(
             self.name,
             rule,
@@ -265,29 +261,20 @@ class _Collection:
         norms = sae.decoder_norms().cpu()[:, latents].T
         return [dict(zip(self.subject.layers, column, strict=True)) for column in norms.tolist()]
 
-    def _contexts(self, rows: ContextRows, passages: Passages) -> Iterator[Context]:
-        token_ids = passages.tokens.flatten()[rows.token]
-        blocks = dict(enumerate(self.blocks))
-        for _, token_class, strength, activation, token, layer, p, token_id in zip(
-            *(column.tolist() for column in (*rows, token_ids)), strict=True
-        ):
-            sequence, position = divmod(token, passages.length)
-            passage = passages(token)
-            yield Context(
-                passage.before,
-                passage.token,
-                passage.after,
-                passage.document,
-                passage.document_position,
-                token_class=self.classes.names[token_class],
-                token_id=token_id,
-                activation=activation,
-                strength=strength,
-                block=blocks.get(layer),
-                p=None if math.isnan(p) else p,
-                sequence=sequence,
-                position=position,
-            )
+    def _contexts(self, rows: ContextRows, reader: PassageReader, progress: bool) -> list[Context]:
+        names, blocks, length = self.classes.names, dict(enumerate(self.blocks)), reader.tokens.shape[1]
+        columns: dict[str, list[Any]] = {
+            **reader.read(rows.token, f"contexts {self.name}" if progress else None)._asdict(),
+            "token_class": [names[number] for number in rows.token_class.tolist()],
+            "token_id": reader.tokens.flatten()[rows.token].tolist(),
+            "activation": rows.activation.tolist(),
+            "strength": rows.strength.tolist(),
+            "block": [blocks.get(layer) for layer in rows.layer.tolist()],
+            "p": [None if math.isnan(p) else p for p in rows.p.tolist()],
+            "sequence": (rows.token // length).tolist(),
+            "position": (rows.token % length).tolist(),
+        }
+        return list(map(Context._make, zip(*(columns[name] for name in Context._fields), strict=True)))
 
 
 def _limits(rows: ContextRows | None, rule: FeatureRule, d_sae: int, n_classes: int) -> tuple[Tensor, Tensor]:
@@ -297,7 +284,8 @@ def _limits(rows: ContextRows | None, rule: FeatureRule, d_sae: int, n_classes: 
         last_needed = rank_in_group(rows.feature) == rule.min_contexts - 1
         retained[rows.feature[last_needed]] = rows.strength[last_needed]
         if rule.max_token_classes is not None:
-            tops = rows.take(first_of_group(rows.feature * n_classes + rows.token_class, 1))
+            first = first_of_group(rows.feature * n_classes + rows.token_class, 1)
+            tops = rows.take(first.nonzero().squeeze(-1))
             one_too_many = rank_in_group(tops.feature) == rule.max_token_classes
             crowded[tops.feature[one_too_many]] = tops.strength[one_too_many]
     return retained, crowded

@@ -16,6 +16,7 @@ from routesae_lens.analysis.evaluate import logits_with_hooks
 from routesae_lens.analysis.metrics import Evaluation, Row, Tally
 from routesae_lens.analysis.next_tokens import NextTokens
 from routesae_lens.analysis.stream import check_context, check_tokens, kept_tokens, read_batches, subjects_of
+from routesae_lens.splice.late_logits import Unembedding
 from routesae_lens.splice.prefix import SharedPrefix
 
 
@@ -113,6 +114,7 @@ def evaluate_by_position(
             raise ValueError(f"every token at positions {start} to {end - 1} is special or at position 0")
     tallies = {name: [Tally(subject) for _ in bins] for name, subject in subjects.items()}
     prefix = SharedPrefix(model, [name for subject in subjects.values() for name in subject.replaces])
+    unembedding = Unembedding(model)
     for batch in read_batches(
         subjects,
         model,
@@ -125,11 +127,13 @@ def evaluate_by_position(
         progress="evaluate by position" if progress else None,
     ):
         assert batch.logits is not None
-        clean = NextTokens(batch.logits, batch.tokens, batch.keep)
+        if len(subjects) > 1:  # (what is compared several times is made once)
+            batch.logits.whole()
+        clean = NextTokens(batch.logits, batch.tokens, batch.keep, batch.start)
         for name, subject in subjects.items():
             reading = batch.read(subject)
             hooks = subject.splice(reading, batch.keep, scale_by_p)
-            compared = clean.compare(logits_with_hooks(model, batch.tokens, prefix, hooks))
+            compared = clean.compare(logits_with_hooks(model, batch.tokens, prefix, unembedding, hooks))
             for (start, end), tally in zip(bins, tallies[name], strict=True):
                 within = _positions(batch.keep, start, end)
                 if (batch.keep & within).any():

@@ -13,6 +13,7 @@ from routesae_lens.analysis.next_tokens import NextTokens
 from routesae_lens.analysis.subjects import Reading, Subject
 from routesae_lens.hook_points import split_layers
 from routesae_lens.saes.layers import standardize
+from routesae_lens.splice.late_logits import Logits
 
 Row = dict[str, int | float | str | None]
 """A row of a table, by column."""
@@ -216,7 +217,7 @@ class Tally:
         """``total``: cross-entropy of a batch with the replaced activations zeroed."""
         self.ce["zero"] = self.ce.get("zero", 0.0) + total
 
-    def add_unscaled(self, clean: NextTokens, spliced: Tensor) -> None:
+    def add_unscaled(self, clean: NextTokens, spliced: Logits) -> None:
         self.has_unscaled = True
         self.unscaled += clean.kl(spliced)[clean.keep].sum().item()
 

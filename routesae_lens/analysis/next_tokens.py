@@ -1,7 +1,8 @@
 """Distributions of the next token: how far one forward's are from another's, and what they cost.
 
-A vocabulary is wide: the float32 logits of one batch can be larger than the language model. So a batch's clean
-logits stay as the model gave them, and everything is computed in chunks of positions.
+Computed in float32 in blocks of positions and of the vocabulary, never whole. Within a block, distributions are
+those of a token given that it is in the block; what they say together follows by the chain rule: the divergence of
+two distributions is that of the blocks' probabilities, plus the mean of those within the blocks.
 """
 
 from __future__ import annotations
@@ -13,8 +14,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-CHUNK = {"cpu": 2**21, "cuda": 2**26}
-"""Logits in a chunk: few enough for the cache of a CPU, many enough to keep a GPU busy."""
+from routesae_lens.splice.late_logits import Logits
+
+BLOCK = {"cpu": 2**19, "cuda": 2**26}
+"""Logits in a block: few enough for the cache of a CPU, and for memory that one gives back to serve the next (from
+some size on a system takes it away, and to get it anew costs more than to fill it); many enough for a GPU."""
+ROWS = {"cpu": 512, "cuda": 4096}
+"""Positions in a block where logits are made as they are needed: each row of blocks reads the whole unembedding."""
 
 
 def kl_per_token(
@@ -35,18 +41,20 @@ class NextTokens:
     """The clean pass of a batch, with which others of the same batch are compared.
 
     Args:
-        logits: of the clean pass, in the model's dtype; not copied.
+        logits: of the clean pass.
         tokens: the batch.
         keep: tokens that count.
+        start: number of its first sequence, for errors.
     """
 
     def __init__(
         self,
-        logits: Float[Tensor, "batch pos vocab"],
+        logits: Logits,
         tokens: Int[Tensor, "batch pos"],
         keep: Bool[Tensor, "batch pos"],
+        start: int = 0,
     ):
-        self.logits, self.tokens, self.keep = logits, tokens, keep
+        self.logits, self.tokens, self.keep, self.start = logits, tokens, keep, start
         both = torch.zeros_like(keep)
         both[:, :-1] = keep[:, :-1] & keep[:, 1:]
         self.predicts = both
@@ -60,46 +68,97 @@ class NextTokens:
         """:meth:`losses` of the clean pass."""
         return self.losses(self.logits)
 
-    def kl(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, "batch pos"]:
+    def kl(self, logits: Logits) -> Float[Tensor, "batch pos"]:
         """KL(clean || other) at every position, in nats, float64."""
         return self.compare(logits)[0]
 
-    def cross_entropy(self, logits: Float[Tensor, "batch pos vocab"]) -> float:
+    def cross_entropy(self, logits: Logits) -> float:
         """Next-token cross-entropy in nats, summed where both the token and the predicted one count."""
         return self.losses(logits).sum().item()
 
-    def losses(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, "batch pos"]:
+    def losses(self, logits: Logits) -> Float[Tensor, "batch pos"]:
         """What the token after each position costs, in nats, float64; 0 where it or the position does not count."""
         losses = self._empty(logits)
-        for rows, log_probs in self._chunks(logits):
-            losses[rows] = self._losses(rows, log_probs)
-        return losses.reshape(self.tokens.shape)
+        for rows, blocks in self._blocks(logits):
+            ours = _Rows(logits, rows, self._next[rows])
+            for columns in blocks:
+                ours.log_probs(columns)
+            losses[rows] = ours.losses()
+        return self._counted(losses)
 
-    def compare(
-        self, logits: Float[Tensor, "batch pos vocab"]
-    ) -> tuple[Float[Tensor, "batch pos"], Float[Tensor, "batch pos"]]:
-        """:meth:`kl` and :meth:`losses` of other logits, in one go."""
+    def compare(self, logits: Logits) -> tuple[Float[Tensor, "batch pos"], Float[Tensor, "batch pos"]]:
+        """:meth:`kl` and :meth:`losses` of other logits, in one go.
+
+        Raises:
+            ValueError: logits of the clean pass are not finite at a token that counts.
+        """
         kl, losses, clean_losses = (self._empty(logits) for _ in range(3))
-        for (rows, ours), (_, theirs) in zip(self._chunks(self.logits), self._chunks(logits), strict=True):
-            losses[rows], clean_losses[rows] = self._losses(rows, theirs), self._losses(rows, ours)
-            gap = torch.sub(ours, theirs, out=theirs)
-            kl[rows] = torch.einsum("pv,pv->p", ours.exp_(), gap).double()
-        self.clean_losses = clean_losses.reshape(self.tokens.shape)  # (known by the way)
-        return kl.reshape(self.tokens.shape), losses.reshape(self.tokens.shape)
+        for rows, blocks in self._blocks(self.logits, logits):
+            ours, theirs = (_Rows(each, rows, self._next[rows]) for each in (self.logits, logits))
+            within = []
+            for columns in blocks:
+                p, q = ours.log_probs(columns), theirs.log_probs(columns)
+                self._check(rows, p)
+                gap = torch.sub(p, q, out=q)
+                within.append(torch.linalg.vecdot(p.exp_(), gap).double())
+            log_p, log_q = ours.of_blocks(), theirs.of_blocks()
+            kl[rows] = (log_p.exp() * (log_p - log_q + torch.stack(within, -1))).sum(-1)
+            losses[rows], clean_losses[rows] = theirs.losses(), ours.losses()
+        self.clean_losses = self._counted(clean_losses)  # (known by the way)
+        return kl.reshape(self.tokens.shape), self._counted(losses)
 
-    def _empty(self, logits: Tensor) -> Float[Tensor, " row"]:
+    def _check(self, rows: slice, log_probs: Float[Tensor, "row column"]) -> None:
+        # (a sum is NaN or infinite where a number is, and makes no second copy of them)
+        if not log_probs.sum(-1)[self.keep.flatten()[rows]].isfinite().all():
+            end = self.start + len(self.tokens) - 1
+            raise ValueError(f"the model's logits are not finite in sequences {self.start} to {end}")
+
+    def _empty(self, logits: Logits) -> Float[Tensor, " row"]:
         return torch.empty(self.tokens.numel(), dtype=torch.float64, device=logits.device)
 
-    def _losses(self, rows: slice, log_probs: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
-        chosen = log_probs.gather(-1, self._next[rows, None]).squeeze(-1).double()
-        return (-chosen).where(self.predicts.flatten()[rows], 0.0)
+    def _counted(self, losses: Float[Tensor, " row"]) -> Float[Tensor, "batch pos"]:
+        return losses.reshape(self.tokens.shape).where(self.predicts, 0.0)
 
-    def _chunks(self, logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of the flattened positions, and their log-probabilities in float32, which the next ones overwrite."""
-        flat = logits.flatten(0, 1)
-        size = max(1, CHUNK.get(logits.device.type, CHUNK["cuda"]) // logits.shape[-1])
-        made = torch.empty_like(flat[:size], dtype=torch.float32)  # (memory new to the process costs time)
-        for start in range(0, len(flat), size):
-            part = flat[start : start + size]
-            rows = slice(start, start + len(part))
-            yield rows, torch.log_softmax(part, -1, dtype=torch.float32, out=made[: len(part)])
+    def _blocks(self, *several: Logits) -> Iterator[tuple[slice, list[slice]]]:
+        """Rows of the flattened positions, with the columns of the vocabulary that make blocks of them."""
+        n, one = self.tokens.numel(), several[0]
+        size = BLOCK.get(one.device.type, BLOCK["cuda"])
+        late = any(each.late for each in several)
+        height = min(n, ROWS.get(one.device.type, ROWS["cuda"]) if late else max(1, size // one.d_vocab))
+        width = max(1, size // height) if late else one.d_vocab
+        columns = [slice(i, min(i + width, one.d_vocab)) for i in range(0, one.d_vocab, width)]
+        for start in range(0, n, height):
+            yield slice(start, min(start + height, n)), columns
+
+
+class _Rows:
+    """Distributions of one forward at some positions, block by block of the vocabulary.
+
+    Args:
+        logits, rows: of the forward, and where.
+        following: the tokens that follow.
+    """
+
+    def __init__(self, logits: Logits, rows: slice, following: Int[Tensor, " row"]):
+        self.logits, self.rows, self.following = logits, rows, following
+        self._masses: list[Tensor] = []
+        self._chosen = torch.zeros(len(following), dtype=torch.float64, device=logits.device)
+
+    def log_probs(self, columns: slice) -> Float[Tensor, "row column"]:
+        """Of tokens, given that they are in this block; float32, the caller's to overwrite."""
+        block = self.logits.block(self.rows, columns)
+        log_probs = torch.log_softmax(block, -1, dtype=torch.float32)
+        self._masses.append(block[:, 0].double() - log_probs[:, 0].double())
+        at = self.following - columns.start
+        inside = (at >= 0) & (at < block.shape[-1])
+        chosen = block.gather(-1, at.where(inside, 0)[:, None]).squeeze(-1).double()
+        self._chosen += chosen.where(inside, 0.0)
+        return log_probs
+
+    def of_blocks(self) -> Float[Tensor, "row block"]:
+        """Log-probabilities of the blocks so far."""
+        return torch.stack(self._masses, -1).log_softmax(-1)
+
+    def losses(self) -> Float[Tensor, " row"]:
+        """What the following tokens cost, in nats, float64."""
+        return torch.stack(self._masses, -1).logsumexp(-1) - self._chosen

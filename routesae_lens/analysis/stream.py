@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from sae_lens import SAE
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name, get_special_token_ids
 from torch import Tensor
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 
 from routesae_lens.analysis.subjects import Reading, Subject, subject_of
 from routesae_lens.backends import backend_of
+from routesae_lens.splice.late_logits import Logits, Unembedding
 from routesae_lens.splice.prefix import SharedPrefix
 
 
@@ -36,7 +38,7 @@ class Batch:
     """Tokens that count: neither special nor at position 0."""
     activations: Any
     """What each hook point gave, by its name."""
-    logits: Float[Tensor, "batch pos vocab"] | None
+    logits: Logits | None
 
     def read(self, subject: Subject) -> Reading:
         return subject.read(self.activations[subject.point], self.index)
@@ -110,19 +112,26 @@ def _batches(
     progress: str | None,
 ) -> Iterator[Batch]:
     device = next(model.parameters()).device
+    unembedding = Unembedding(model) if logits else None
     stop = {} if logits else _stop(points)
+    activations: dict[str, Tensor] = {}
+
+    def forward(batch: Tensor) -> Any:
+        nonlocal activations
+        with nullcontext() if prefix is None else prefix.recorded():
+            out, activations = model.run_with_cache(batch, names_filter=points, **stop)
+        return out
+
     starts = range(0, len(tokens), batch_size)
     for index, start in enumerate(tqdm(starts, desc=progress, unit="batch", disable=progress is None)):
         batch = tokens[start : start + batch_size].to(device)
         kept = keep[start : start + batch_size].to(device)
-        with nullcontext() if prefix is None else prefix.recorded():
-            out, cache = model.run_with_cache(batch, names_filter=points, **stop)
-        # (a sum is NaN or infinite where a logit is, and makes no second copy of them)
-        if logits and not torch.isfinite(out.sum(-1, dtype=torch.float32)[kept[:, : out.shape[1]]]).all():
-            raise ValueError(
-                f"the model's logits are not finite in sequences {start} to {start + len(batch) - 1}"
-            )
-        yield Batch(index, start, batch, kept, cache, out if logits else None)
+        if unembedding is None:
+            forward(batch)
+            yield Batch(index, start, batch, kept, activations, None)
+        else:
+            made = unembedding.logits(partial(forward, batch))
+            yield Batch(index, start, batch, kept, activations, made)
 
 
 def _stop(points: list[str]) -> dict[str, int]:

@@ -12,8 +12,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from routesae_lens.analysis.contexts import Passage
-from routesae_lens.analysis.feature_set import Context
+from routesae_lens.analysis.contexts import Context
 
 CATEGORIES = ("low-level", "high-level", "undiscernible")
 SCORES = (1, 2, 3, 4, 5)
@@ -114,8 +113,8 @@ def one_line(text: str) -> str:
 _DIRECTION_MARKS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
-def _text(passage: Passage) -> str:
-    return passage.before + passage.token + passage.after
+def _text(context: Context) -> str:
+    return context.before + context.token + context.after
 
 
 _LABEL = re.compile(

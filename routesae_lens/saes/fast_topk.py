@@ -131,6 +131,9 @@ class Latents(NamedTuple):
     def of(cls, code: TopKCode | Float[Tensor, "token d_sae"]) -> Latents:
         """Those of a dense tensor, or of what :func:`encode_fast` gave."""
         dense = code.values if isinstance(code, TopKCode) else code
+        if isinstance(code, TopKCode) and dense.all():  # as nearly always
+            token = torch.arange(len(dense), device=dense.device).repeat_interleave(dense.shape[1])
+            return cls(token, code.indices.flatten(), dense.flatten())
         token, place = dense.nonzero(as_tuple=True)
         latent = code.indices[token, place] if isinstance(code, TopKCode) else place
         return cls(token, latent, dense[token, place])

@@ -7,7 +7,7 @@ in step; its passes are in ``passes.py``.)
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -57,10 +57,7 @@ class SharedPrefix:
             raise RuntimeError("no forward was recorded to skip the blocks of")
         with ExitStack() as skipping:
             for block in self.blocks:
-                # (setattr would hand it to the component that a bridge's block wraps)
-                before = block.__dict__.get("forward")
-                block.__dict__["forward"] = self._skip
-                skipping.callback(_restore, block, before)
+                skipping.enter_context(shadowed(block, self._skip))
             yield
 
     def _record(self, _module: nn.Module, _args: Any, output: Any) -> None:
@@ -70,11 +67,18 @@ class SharedPrefix:
         return self._output  # of the last block; what the blocks before it give is not looked at
 
 
-def _restore(block: nn.Module, before: Any) -> None:
-    if before is None:
-        block.__dict__.pop("forward", None)
-    else:
-        block.__dict__["forward"] = before
+@contextmanager
+def shadowed(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """``module`` does ``forward`` in place of its own."""
+    # (setattr would hand it to the component that a bridge's module wraps)
+    own = module.__dict__
+    before = {"forward": own["forward"]} if "forward" in own else {}
+    own["forward"] = forward
+    try:
+        yield
+    finally:
+        del own["forward"]
+        own.update(before)
 
 
 def _block_of(hook_name: str) -> int:
