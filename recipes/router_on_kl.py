@@ -53,6 +53,8 @@ def spliced(
         route = sae.read_layers(x, ones[..., None].expand(*layer.shape, x.shape[-2]), layer, ones)
         hooks = rl.splice_hooks(sae, model, route, batch.keep)
         kl = rl.kl_per_token(batch.logits.whole(), model.run_with_hooks(batch.tokens, fwd_hooks=hooks))
+        if not kl[batch.keep].isfinite().all():
+            raise ValueError(f"logits are not finite in the batch of sequence {batch.start}")
         rows = x[batch.keep]
         chosen = layer[batch.keep]
         read = rows[torch.arange(len(rows), device=rows.device), chosen]

@@ -198,7 +198,7 @@ def asked(monkeypatch):
     return seen
 
 
-def join_whole_sequences(tokens, tokenizer, texts):
+def join_whole_sequences(tokens, tokenizer, texts, progress=None):
     """Only of sequences that decode to what their tokens do one by one are the texts known to be right."""
     pieces = [texts[i] for i in tokens.flatten().tolist()]
     ends = torch.tensor([0, *itertools.accumulate(map(len, pieces))])

@@ -105,6 +105,32 @@ def test_models_that_cap_their_logits(capped, tiny_hooked):
         assert torch.equal(logits.whole(), model(TOKENS))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["in place", "its head patched", "reshaped"])
+def test_heads_that_are_no_longer_what_their_weights_say(tiny_proxy, change):
+    language_model = tiny_proxy.model
+    own, head = language_model.forward, language_model.lm_head
+
+    def changed(*args, **kwargs):
+        output = own(*args, **kwargs)
+        if change == "in place":
+            output.logits.mul_(0.85)
+        if change == "reshaped":
+            output.logits = 2 * output.logits.reshape(4, 12, -1)
+        return output
+
+    language_model.forward = changed
+    if change == "its head patched":
+        weight = head.weight.clone()
+        head.forward = lambda x: torch.nn.functional.linear(x, weight) + x.mean(-1, keepdim=True)
+    logits = Unembedding(tiny_proxy).logits(lambda: tiny_proxy(TOKENS))
+    assert not logits.late and torch.equal(logits.whole(), tiny_proxy(TOKENS))
+
+
+def test_whole_logits_have_no_gradient_to_the_weights(model):
+    assert not Unembedding(model).logits(lambda: model(TOKENS)).whole().requires_grad
+
+
 def test_an_error_leaves_the_unembedding_as_it_was(model):
     module = unembedding_of(model)
 

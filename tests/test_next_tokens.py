@@ -81,3 +81,20 @@ def test_logits_of_the_model_that_are_not_finite_are_an_error(bad: float):
     clean[1, 2, 10] = bad
     with pytest.raises(ValueError, match="not finite in sequences 6 to 7"):
         NextTokens(Logits(clean), TOKENS, KEEP, start=6).compare(Logits(logits(1)))
+
+
+@pytest.mark.parametrize("lowest", [-1e9, torch.finfo(torch.float32).min])
+def test_a_token_that_never_comes_leaves_the_others_alone(lowest: float, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(next_tokens.BLOCK, "cpu", 4)
+    clean, other = logits(0), logits(1)
+    clean[..., 0] = other[..., 0] = lowest
+    kl, losses = NextTokens(as_they_come(clean, False), TOKENS, KEEP).compare(Logits(other))
+    log_p, log_q = clean.double().log_softmax(-1), other.double().log_softmax(-1)
+    torch.testing.assert_close(kl, (log_p.exp() * (log_p - log_q)).sum(-1), rtol=1e-5, atol=3e-5)
+    expected = -log_q.gather(-1, TOKENS.roll(-1, 1)[..., None]).squeeze(-1)
+    torch.testing.assert_close(losses[losses != 0], expected[losses != 0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_token_without_a_logit_is_an_error():
+    with pytest.raises(ValueError, match="token 9 has no logit: the model gives 9"):
+        NextTokens(Logits(logits(0)[..., :9]), TOKENS, KEEP)

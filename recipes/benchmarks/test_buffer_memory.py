@@ -20,7 +20,9 @@ from sae_lens.training.mixing_buffer import mixing_buffer
 
 from routesae_lens.training.buffer import MixingBuffer
 
-BUFFERS = ("ours", "ours, bfloat16", "SAELens")
+BUFFERS = [("ours", 16384), ("ours, bfloat16", 16384), ("SAELens", 16384), ("ours, bfloat16", 32768)]
+"""Which, and how many tokens it holds. The last one has as many bytes as the first: beside what a buffer holds it
+takes what a forward and a batch need, whatever its size."""
 WIDTH = 4608  # 8 layers of 576
 FORWARD = (4, 128)  # sequences, tokens
 BATCH = 512
@@ -72,12 +74,12 @@ class _Store:
         return {"stack": self.sample.clone()}
 
 
-@pytest.mark.parametrize("which", BUFFERS)
-def test_buffer(which: str):
+@pytest.mark.parametrize("which, buffer_size", BUFFERS)
+def test_buffer(which: str, buffer_size: int):
     from conftest import QUICK, add_row
 
-    buffer_size = 2048 if QUICK else 16384
     if QUICK:  # not worth a process: what this one took at its most before is counted, too
+        buffer_size //= 8
         ratio = measure(which, buffer_size)
     else:
         command = [sys.executable, __file__, which, str(buffer_size)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICE, QUICK, Compare, model_name, tokens_of
+from conftest import DEVICE, QUICK, ROUNDS, Compare, model_name, tokens_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import routesae_lens as rl
@@ -139,6 +139,7 @@ def test_evaluation(compare: Compare, load: Any, backend: str):
         name=backend,
         unit="full forward",
         size=f"{model_name()}, one batch of {tokens.numel()} tokens, RouteSAE of width {sae.cfg.d_sae}",
+        rounds=3 if QUICK else 11,
         goal=("<=", 1.95 if backend == "hooked" else 2.1),
     )
 
@@ -263,5 +264,6 @@ def test_features(
         + ("what is kept" if lean else "each context as it comes"),
         size=f"{model_name(small)}, {tokens.numel()} tokens, RouteSAE of width {sae.cfg.d_sae}, k {sae.cfg.k}",
         times_faster=True,
+        rounds=11 if part == ALONE and not QUICK else ROUNDS,
         goal=(">=", 10) if part == ALONE else None,
     )

@@ -224,7 +224,7 @@ class PassageReader:
         """The passages around the tokens at these places of the flattened tokens.
 
         Args:
-            progress: caption of the progress bar over passages that the tokenizer is asked for; none without.
+            progress: caption of the progress bars; none without.
         """
         places, row = places.unique(return_inverse=True)  # several features fire on one token
         length = self.tokens.shape[1]
@@ -237,7 +237,7 @@ class PassageReader:
         high = torch.minimum(last, places + 1 + self.n_after)
 
         needed, index = sequence.unique_consecutive(return_inverse=True)
-        joined = _join(self.tokens[needed], self.tokenizer, self.texts)
+        joined = _join(self.tokens[needed], self.tokenizer, self.texts, progress)
         shift = (index - sequence) * length  # from places in all sequences to those in the needed ones
         cuts = torch.stack([low, places, places + 1, high]) + shift
         low_end, begin, end, high_end = joined.ends[cuts].tolist()
@@ -251,7 +251,7 @@ class PassageReader:
         columns = [asked, *(column[asked] for column in (first, last, places))]
         of_each = list(zip(*(column.tolist() for column in columns), strict=True))
         for i, first_place, end_place, place in tqdm(
-            of_each, progress, unit="passage", disable=progress is None
+            of_each, progress, unit="passage", disable=progress is None or not of_each
         ):
             ids = self.tokens.flatten()[first_place:end_place].tolist()
             before[i], token[i], after[i] = self._split(ids, place - first_place)
@@ -305,7 +305,9 @@ class _Joined(NamedTuple):
     """Whether the token ends within a character."""
 
 
-def _join(tokens: Int[Tensor, "sequence pos"], tokenizer: Any, texts: Mapping[int, str]) -> _Joined:
+def _join(
+    tokens: Int[Tensor, "sequence pos"], tokenizer: Any, texts: Mapping[int, str], progress: str | None
+) -> _Joined:
     """The text of sequences, put together from those of their tokens where that is what the tokenizer makes of them.
 
     Neighbours that hold parts of characters are decoded together. To ask the tokenizer for every passage would
@@ -314,7 +316,8 @@ def _join(tokens: Int[Tensor, "sequence pos"], tokenizer: Any, texts: Mapping[in
     ids, length = tokens.flatten().tolist(), tokens.shape[1]
     pieces = [texts[token_id] for token_id in ids]
     unsafe, inside = torch.zeros(2, len(ids) + 1, dtype=torch.bool)
-    for start in range(0, len(ids), length):
+    starts = range(0, len(ids), length)
+    for start in tqdm(starts, progress, unit="sequence", disable=progress is None):
         end = start + length
         whole = _decode(tokenizer, ids[start:end])
         if "".join(pieces[start:end]) == whole:

@@ -89,13 +89,13 @@ def evaluate_all(
         batch_size=batch_size,
         exclude_special_tokens=exclude_special_tokens,
         exclude_first_position=exclude_first_position,
-        logits=True,
+        logits=unembedding,
         prefix=prefix,
         progress="evaluate" if progress else None,
     ):
         assert batch.logits is not None
         ids, keep = batch.tokens, batch.keep
-        if len(subjects) > 1 or unscaled:  # (what is compared several times is made once)
+        if len(subjects) > 1 or (unscaled and scale_by_p):  # (what is compared several times is made once)
             batch.logits.whole()
         clean = NextTokens(batch.logits, ids, keep, batch.start)
         rerun = partial(logits_with_hooks, model, ids, prefix, unembedding)
@@ -108,6 +108,7 @@ def evaluate_all(
                 tally.add_zeroed(zeroed(subject, reading, keep))
             if unscaled and scale_by_p and subject.scaled:
                 tally.add_unscaled(clean, rerun(subject.splice(reading, keep, False)))
+        del batch, clean, rerun, zeroed  # (before the next batch's logits are made)
     return {name: tally.result(scale_by_p) for name, tally in tallies.items()}
 
 

@@ -122,7 +122,7 @@ def evaluate_by_position(
         batch_size=batch_size,
         exclude_special_tokens=exclude_special_tokens,
         exclude_first_position=exclude_first_position,
-        logits=True,
+        logits=unembedding,
         prefix=prefix,
         progress="evaluate by position" if progress else None,
     ):
@@ -139,6 +139,7 @@ def evaluate_by_position(
                 if (batch.keep & within).any():
                     tally.add_reading(reading, batch.keep & within)
                 tally.add_spliced(clean, compared, within)
+        del batch, clean  # (before the next batch's logits are made)
     return {
         name: PositionProfile(
             tokens=sum(tally.tokens for tally in several),

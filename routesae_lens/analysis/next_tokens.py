@@ -54,6 +54,8 @@ class NextTokens:
         keep: Bool[Tensor, "batch pos"],
         start: int = 0,
     ):
+        if int(tokens.max()) >= logits.d_vocab:
+            raise ValueError(f"token {int(tokens.max())} has no logit: the model gives {logits.d_vocab}")
         self.logits, self.tokens, self.keep, self.start = logits, tokens, keep, start
         both = torch.zeros_like(keep)
         both[:, :-1] = keep[:, :-1] & keep[:, 1:]
@@ -80,9 +82,9 @@ class NextTokens:
         """What the token after each position costs, in nats, float64; 0 where it or the position does not count."""
         losses = self._empty(logits)
         for rows, blocks in self._blocks(logits):
-            ours = _Rows(logits, rows, self._next[rows])
-            for columns in blocks:
-                ours.log_probs(columns)
+            ours = _Rows(logits, rows, self._next[rows], len(blocks))
+            for i, columns in enumerate(blocks):
+                ours.log_probs(i, columns)
             losses[rows] = ours.losses()
         return self._counted(losses)
 
@@ -94,15 +96,17 @@ class NextTokens:
         """
         kl, losses, clean_losses = (self._empty(logits) for _ in range(3))
         for rows, blocks in self._blocks(self.logits, logits):
-            ours, theirs = (_Rows(each, rows, self._next[rows]) for each in (self.logits, logits))
-            within = []
-            for columns in blocks:
-                p, q = ours.log_probs(columns), theirs.log_probs(columns)
+            ours, theirs = (
+                _Rows(each, rows, self._next[rows], len(blocks)) for each in (self.logits, logits)
+            )
+            within = torch.empty_like(ours.masses)
+            for i, columns in enumerate(blocks):
+                p, q = ours.log_probs(i, columns), theirs.log_probs(i, columns)
                 self._check(rows, p)
                 gap = torch.sub(p, q, out=q)
-                within.append(torch.linalg.vecdot(p.exp_(), gap).double())
-            log_p, log_q = ours.of_blocks(), theirs.of_blocks()
-            kl[rows] = (log_p.exp() * (log_p - log_q + torch.stack(within, -1))).sum(-1)
+                within[:, i] = torch.linalg.vecdot(p.exp_(), gap)
+            log_p, log_q = ours.masses.log_softmax(-1), theirs.masses.log_softmax(-1)
+            kl[rows] = (log_p.exp() * (log_p - log_q + within)).sum(-1)
             losses[rows], clean_losses[rows] = theirs.losses(), ours.losses()
         self.clean_losses = self._counted(clean_losses)  # (known by the way)
         return kl.reshape(self.tokens.shape), self._counted(losses)
@@ -137,28 +141,29 @@ class _Rows:
     Args:
         logits, rows: of the forward, and where.
         following: the tokens that follow.
+        n_blocks: how many blocks there are.
     """
 
-    def __init__(self, logits: Logits, rows: slice, following: Int[Tensor, " row"]):
+    def __init__(self, logits: Logits, rows: slice, following: Int[Tensor, " row"], n_blocks: int):
         self.logits, self.rows, self.following = logits, rows, following
-        self._masses: list[Tensor] = []
-        self._chosen = torch.zeros(len(following), dtype=torch.float64, device=logits.device)
+        n = len(following)
+        # (taken once: small tensors between the large ones of the blocks would keep their memory in pieces)
+        self.masses = torch.empty(n, n_blocks, dtype=torch.float64, device=logits.device)
+        """Logarithm of the summed exponentials of each block's logits."""
+        self._chosen = torch.zeros(n, dtype=torch.float64, device=logits.device)
 
-    def log_probs(self, columns: slice) -> Float[Tensor, "row column"]:
-        """Of tokens, given that they are in this block; float32, the caller's to overwrite."""
+    def log_probs(self, i: int, columns: slice) -> Float[Tensor, "row column"]:
+        """Of the tokens of the ``i``-th block, given that it is one of them; float32, the caller's to overwrite."""
         block = self.logits.block(self.rows, columns)
         log_probs = torch.log_softmax(block, -1, dtype=torch.float32)
-        self._masses.append(block[:, 0].double() - log_probs[:, 0].double())
+        # (at the largest one, where least is lost to rounding)
+        self.masses[:, i] = block.amax(-1).double() - log_probs.amax(-1).double()
         at = self.following - columns.start
         inside = (at >= 0) & (at < block.shape[-1])
         chosen = block.gather(-1, at.where(inside, 0)[:, None]).squeeze(-1).double()
         self._chosen += chosen.where(inside, 0.0)
         return log_probs
 
-    def of_blocks(self) -> Float[Tensor, "row block"]:
-        """Log-probabilities of the blocks so far."""
-        return torch.stack(self._masses, -1).log_softmax(-1)
-
     def losses(self) -> Float[Tensor, " row"]:
         """What the following tokens cost, in nats, float64."""
-        return torch.stack(self._masses, -1).logsumexp(-1) - self._chosen
+        return self.masses.logsumexp(-1) - self._chosen

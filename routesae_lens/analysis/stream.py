@@ -68,7 +68,7 @@ def read_batches(
     batch_size: int = 4,
     exclude_special_tokens: bool | list[int] = True,
     exclude_first_position: bool = True,
-    logits: bool = False,
+    logits: bool | Unembedding = False,
     prefix: SharedPrefix | None = None,
     progress: str | None = None,
 ) -> Iterator[Batch]:
@@ -81,7 +81,8 @@ def read_batches(
         batch_size: sequences per forward.
         exclude_special_tokens: the tokenizer's special tokens (or these ids) do not count.
         exclude_first_position: nor does position 0, whose norm is ~100 times the median.
-        logits: also compute logits; otherwise the forward stops after the last layer that is read.
+        logits: also compute logits (with this unembedding); otherwise the forward stops after the last layer
+            that is read.
         prefix: records what the blocks below the first changed hook give, so that more forwards of a batch
             can skip them until the next batch is asked for.
         progress: caption of the progress bar, none without.
@@ -107,12 +108,12 @@ def _batches(
     tokens: Tensor,
     keep: Tensor,
     batch_size: int,
-    logits: bool,
+    logits: bool | Unembedding,
     prefix: SharedPrefix | None,
     progress: str | None,
 ) -> Iterator[Batch]:
     device = next(model.parameters()).device
-    unembedding = Unembedding(model) if logits else None
+    unembedding = Unembedding(model) if logits is True else logits or None
     stop = {} if logits else _stop(points)
     activations: dict[str, Tensor] = {}
 
@@ -130,8 +131,10 @@ def _batches(
             forward(batch)
             yield Batch(index, start, batch, kept, activations, None)
         else:
-            made = unembedding.logits(partial(forward, batch))
-            yield Batch(index, start, batch, kept, activations, made)
+            made = Batch(index, start, batch, kept, None, unembedding.logits(partial(forward, batch)))
+            made.activations = activations
+            yield made
+            del made  # (whole logits are large)
 
 
 def _stop(points: list[str]) -> dict[str, int]:

@@ -79,7 +79,9 @@ class Unembedding:
 
     def __init__(self, model: Any):
         proxy = isinstance(model, HookedProxyLM)
-        module = model.model.get_output_embeddings() if proxy else getattr(model, "unembed", None)
+        module = getattr(model, "unembed", None)
+        if proxy:
+            module = getattr(model.model, "get_output_embeddings", lambda: None)()
         self.module: nn.Module | None = module
         self._around: list[nn.Module] = []
         """Modules whose hooks would see that logits are missing."""
@@ -106,36 +108,44 @@ class Unembedding:
         probe: list[Tensor] = []
         unembed = self.module.forward
 
-        def first_position(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def last_position(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if args or kwargs or x.ndim != 3 or any(map(_heard, self._around)):
                 return unembed(x, *args, **kwargs)
             read.append(x)
-            probe.append(unembed(x[:1, :1]))
-            return probe[-1]
+            logits = unembed(x[-1:, -1:])
+            probe.append(logits.clone())  # (a model may work on what it gets in place)
+            return logits
 
-        with shadowed(self.module, first_position):
-            out = forward()
-        if not read:
+        out = None
+        try:
+            with shadowed(self.module, last_position):
+                out = forward()
+        except Exception:
+            if not read:  # else it may be about the shape, and is raised once more if it is not
+                raise
+        if out is not None and not read:
             return Logits(out)
         weights = _weights(self.module)
-        if weights is not None and len(read) == 1 and weights[0].device == read[0].device:
+        if out is not None and weights is not None and len(read) == 1 and weights[0].device == read[0].device:
             late = Logits(read[0], *weights)
-            made = late.block(slice(1))[None]
+            made = F.linear(read[0][-1:, -1:], *weights)
             # (what the model returns is what its unembedding gave, and that is what we make of its weights)
-            if _same(out, probe[0]) and _same(made, probe[0], 32 * torch.finfo(made.dtype).eps):
+            if _same(out, probe[0]) and _same(made, probe[0], 4 * torch.finfo(made.dtype).eps):
                 return late
         self.module = None
         return Logits(forward())
 
 
 def _weights(module: Any) -> tuple[Tensor, Tensor | None] | None:
-    """Weight (vocab, d) and bias, if that is all there is to the unembedding."""
+    """Weight (vocab, d) and bias, without gradient, if that is all there is to the unembedding."""
     if isinstance(module, UnembeddingBridge):
         module = module.original_component
     if type(module) is Unembed:
-        return module.W_U.T, module.b_U
+        return module.W_U.T.detach(), module.b_U.detach()
     plain = type(module) is nn.Linear and type(module.weight.data) is Tensor  # (not quantised)
-    return (module.weight, module.bias) if plain else None
+    if not plain or "forward" in module.__dict__:  # (nor patched)
+        return None
+    return module.weight.detach(), None if module.bias is None else module.bias.detach()
 
 
 def _same(a: Tensor, b: Tensor, tolerance: float = 0.0) -> bool:
