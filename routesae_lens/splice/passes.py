@@ -24,6 +24,7 @@ from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 from transformers import DynamicCache
 
+from routesae_lens.splice.prefix import shadowed
 from routesae_lens.splice.window import Window
 
 _RECORD = "_routesae_lens_begun"
@@ -360,6 +361,5 @@ class BridgePasses:
 
         with ExitStack() as skipping:
             for index, block in enumerate(self.model.blocks[: len(outputs)]):
-                block.__dict__["forward"] = skip(index)  # (setattr would hand it to the wrapped component)
-                skipping.callback(block.__dict__.pop, "forward")
+                skipping.enter_context(shadowed(block, skip(index)))
             yield
